@@ -1,0 +1,1 @@
+"""Attack against defense."""

@@ -1,0 +1,125 @@
+"""The case that the arena hands to an attack, the claim it gets back, and the interface between."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deepenc.arena.threat import Meter, Needs, Threat
+from deepenc.network.sites import Site
+from deepenc.network.surgery import Layout, narrow_sites, remove
+from deepenc.plugins import Plugin
+from deepenc.victims.victim import Images
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Everything the attacker is entitled to, and nothing else.
+
+    Attributes:
+        encrypted: The encrypted network, in eval mode; the attack may change it (it is a fresh copy).
+        sites: Sites of the encrypted network, confusion channels included in their widths. Anyone who
+            traces the network finds the same.
+        configuration: Confusion channels per site, or None where the threat model withholds it.
+        known: Confusion positions that leaked, per site, empty unless ``threat.key_fraction > 0``.
+        labelled: Labelled images; may be of length 0.
+        unlabelled: Unlabelled inputs, ``(images, ...)``; may be of length 0.
+        classes: Number of classes.
+        example: One input, as a batch of one.
+        defense: Name and public parameters of the defense.
+        threat: What the attacker knows, holds and may spend.
+        seed: The attacker's own seed, in [0, 2**63).
+        device: Where the networks and images are.
+    """
+
+    encrypted: nn.Module
+    sites: tuple[Site, ...]
+    configuration: Mapping[str, int] | None
+    known: Mapping[str, tuple[int, ...]]
+    labelled: Images
+    unlabelled: Tensor
+    classes: int
+    example: Any
+    defense: Mapping[str, Any]
+    threat: Threat
+    seed: int
+    device: torch.device
+    meter: Meter = field(repr=False)
+    blank: Callable[[int], nn.Module] | None = field(repr=False)
+    """Makes a freshly initialised network of the victim's architecture from a seed; None where the
+    threat model withholds the architecture."""
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator seeded with the attacker's seed; the same sequence at every call."""
+        return torch.Generator(device).manual_seed(self.seed)
+
+    def copy(self) -> nn.Module:
+        """A deep copy of the encrypted network, metered like it."""
+        return copy.deepcopy(self.encrypted)
+
+    def remove(
+        self, channels: Mapping[str, tuple[int, ...]], network: nn.Module | None = None
+    ) -> nn.Module:
+        """Take channels out of the encrypted network.
+
+        Args:
+            channels: Site name to the channels to remove, as positions in ``sites``.
+            network: A changed copy of the encrypted network to take them from; default: itself.
+
+        Returns:
+            A new network, metered like the encrypted one.
+
+        Raises:
+            SiteError: Positions that a site does not have, or all of a site's channels.
+        """
+        layout = Layout(narrow_sites(self.sites, channels), channels)
+        return remove(self.encrypted if network is None else network, layout)
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What an attack hands back: scores, or a network, or both. The arena measures them.
+
+    Attributes:
+        scores: Site name to suspicion per channel, ``(width,)`` of the encrypted site, finite; higher means
+            more likely a confusion channel. Sites left out count as not suspected at all.
+        network: A network that does the victim's task. Where it is missing and the configuration is known,
+            the arena removes the ΔC most suspect channels of each site and judges what is left.
+    """
+
+    scores: Mapping[str, Tensor] | None = None
+    network: nn.Module | None = None
+
+
+class Attack(Plugin):
+    """Tries to get the victim's worth out of a case.
+
+    Attributes:
+        reference: What the attack is a reference for, if it is one: ``"floor"`` uses the encrypted network
+            as it is; ``"scratch"`` uses no stolen weights.
+    """
+
+    kind: ClassVar[str] = "attack"
+    reference: ClassVar[Literal["floor", "scratch"] | None] = None
+
+    @property
+    def needs(self) -> Needs:
+        """The least the threat model must give."""
+        return Needs()
+
+    @abstractmethod
+    def attack(self, case: Case) -> Claim:
+        """Attack one case.
+
+        Args:
+            case: What the attacker has. Its random numbers come from ``case.seed`` only.
+
+        Returns:
+            Scores, a network, or both.
+        """

@@ -1,0 +1,1 @@
+"""The paper's method: confusion channels, and the key that removes them."""

@@ -1,0 +1,161 @@
+"""The defender's plugin interfaces, and the defense they make together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from deepenc.network.sites import Site, Slot
+from deepenc.network.surgery import Layout
+from deepenc.plugins import Plugin
+
+Allocation = dict[str, int]
+"""Site name -> number of confusion channels, the paper's ΔC (Section 2.2)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """What the defender has before encrypting: everything but the key.
+
+    Attributes:
+        model: The victim's network, in eval mode; not to be changed.
+        sites: Its sites.
+        example: An example input: a tensor, or a tuple or dict of them.
+        data: The defender's inputs D of Equation 1, ``(images, ...)``, or None.
+    """
+
+    model: nn.Module
+    sites: tuple[Site, ...]
+    example: Any
+    data: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """The confusion entries of one slot, about to be filled.
+
+    Attributes:
+        slot: Where in the victim's tensor the site's channels lie.
+        victim: The victim's tensor, whole; not to be changed.
+        shape: Shape of the values wanted: the widened tensor's, with ``count * block`` along ``slot.dim``.
+    """
+
+    slot: Slot
+    victim: Tensor
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Neurons:
+    """The confusion channels of one site, about to be filled.
+
+    Attributes:
+        site: The victim's site.
+        count: Number of confusion channels, ``>= 1``.
+        gaps: One for each slot of the site, in its order.
+    """
+
+    site: Site
+    count: int
+    gaps: tuple[Gap, ...]
+
+
+class Placement(Plugin):
+    """Chooses how many confusion channels each site gets."""
+
+    kind: ClassVar[str] = "placement"
+
+    @abstractmethod
+    def place(self, original: Original, rng: np.random.Generator) -> Allocation:
+        """Allocate confusion channels.
+
+        Args:
+            original: The victim and the defender's data.
+            rng: The only source of randomness.
+
+        Returns:
+            A count ``>= 0`` for some or all of ``original.sites``; sites not named get none.
+        """
+
+
+class Weights(Plugin):
+    """Fills confusion channels with weights."""
+
+    kind: ClassVar[str] = "weights"
+
+    @abstractmethod
+    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+        """Make the weights of one site's confusion channels.
+
+        Args:
+            neurons: The channels and the victim's tensors around them.
+            rng: The only source of randomness.
+
+        Returns:
+            For each gap, in order, a finite tensor of ``gap.shape``. Where two sites meet in one tensor,
+            the later site's values are the ones that stay.
+        """
+
+
+class Hardening(Plugin):
+    """Improves confusion channels after they were filled."""
+
+    kind: ClassVar[str] = "hardening"
+
+    @abstractmethod
+    def harden(
+        self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
+    ) -> None:
+        """Change the encrypted network in place, confusion entries only; the core checks that.
+
+        Args:
+            network: The encrypted network.
+            layout: Where the victim's entries lie in it.
+            original: The victim and the defender's data.
+            rng: The only source of randomness.
+        """
+
+
+class Defense(BaseModel):
+    """Placement, weights and hardening under one name.
+
+    Attributes:
+        name: How tables call it.
+        placement: Chooses the allocation; None leaves the network as it is (the null defense).
+        weights: Fills the channels; needed where there is a placement.
+        hardening: Applied in order after filling.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str] = "defense"
+
+    name: str
+    summary: str = ""
+    placement: Placement | None = None
+    weights: Weights | None = None
+    hardening: tuple[Hardening, ...] = ()
+
+    @property
+    def protects(self) -> bool:
+        """Whether the defense inserts anything; the null defense does not."""
+        return self.placement is not None
+
+    def plugins(self) -> tuple[Plugin, ...]:
+        """The plugins it is made of."""
+        parts = (self.placement, self.weights, *self.hardening)
+        return tuple(part for part in parts if part is not None)
+
+    def spec(self) -> dict[str, Any]:
+        """The defense as plain data; also what every attacker is told (the algorithm is public)."""
+        return {
+            "name": self.name,
+            "placement": self.placement.spec() if self.placement else None,
+            "weights": self.weights.spec() if self.weights else None,
+            "hardening": [step.spec() for step in self.hardening],
+        }

@@ -1,0 +1,62 @@
+"""Every error that deepenc raises on purpose; each says what was expected, what it got, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DeepencError(Exception):
+    """Root of all deepenc errors."""
+
+
+class ConfigError(DeepencError):
+    """A configuration or an argument that cannot be meant."""
+
+
+class PluginError(DeepencError):
+    """A plugin that cannot be found, loaded, or trusted to keep its interface."""
+
+
+class TraceError(DeepencError):
+    """A network whose operators cannot be followed."""
+
+
+class SiteError(DeepencError):
+    """A site that does not fit the tensors it is used with."""
+
+
+class KeyFileError(DeepencError):
+    """A key that is wrong, altered, or sealed with another passphrase."""
+
+
+class CheckpointError(DeepencError):
+    """A file of an encrypted network that is cut, altered, or of another format."""
+
+
+class VictimError(DeepencError):
+    """A victim whose weights or data are missing or unusable."""
+
+
+class OutOfBudget(DeepencError):
+    """An attack that asked for more than its threat model allows."""
+
+
+class ClaimError(DeepencError):
+    """A claim that does not have the form the arena judges."""
+
+
+class StoreError(DeepencError):
+    """A run's folder or database that cannot be read or written."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names may have been meant.
+
+    >>> near("colisions", ["collisions", "norms"])
+    "did you mean 'collisions'? Known: collisions, norms"
+    """
+    known = sorted(known)
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = "did you mean " + " or ".join(repr(m) for m in matches) + "? " if matches else ""
+    return hint + ("Known: " + ", ".join(known) if known else "None is registered")

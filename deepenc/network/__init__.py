@@ -1,0 +1,1 @@
+"""A network as something that can be widened."""

@@ -1,0 +1,296 @@
+"""Insert channels into tensors and remove them again; removal is the exact inverse of insertion.
+
+Everything here works on state dicts, sites and positions alone; `resize` then makes a module agree
+with its new tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepenc.errors import SiteError
+from deepenc.network.sites import Site, Slot
+
+State = Mapping[str, Tensor]
+Positions = Mapping[str, tuple[int, ...]]
+"""Site name -> sorted positions of its confusion channels among all its channels, real ones included."""
+
+
+def forged_entries(slot: Slot, positions: Sequence[int]) -> Tensor:
+    """Entries of the confusion channels, counted from the slot's own (widened) start; ``(count * block,)``."""
+    channels = torch.as_tensor(positions, dtype=torch.long)
+    return (channels[:, None] * slot.block + torch.arange(slot.block)).flatten()
+
+
+def real_channels(site: Site, positions: Sequence[int]) -> Tensor:
+    """Positions of the real channels, ascending, ``(width,)``.
+
+    Raises:
+        SiteError: The positions are not distinct, ascending, and inside the widened site.
+    """
+    total = site.width + len(positions)
+    if list(positions) != sorted(set(positions)) or (
+        positions and not 0 <= positions[0] <= positions[-1] < total
+    ):
+        raise SiteError(
+            f"site {site.name!r}: expected ascending, distinct positions in [0, {total}), got {positions}"
+        )
+    real = torch.ones(total, dtype=torch.bool)
+    real[torch.as_tensor(positions, dtype=torch.long)] = False
+    return real.nonzero().flatten()
+
+
+class Layout:
+    """Where every entry of the victim's tensors goes in the encrypted network.
+
+    Args:
+        sites: Sites of the victim.
+        positions: Confusion positions per site name; a site not named gets no confusion channel.
+
+    Raises:
+        SiteError: Positions that do not fit a site, or name none.
+    """
+
+    def __init__(self, sites: Sequence[Site], positions: Positions) -> None:
+        known = {site.name for site in sites}
+        if strangers := sorted(set(positions) - known):
+            raise SiteError(f"positions name sites that the network does not have: {strangers}")
+        self.positions = {s.name: tuple(positions.get(s.name, ())) for s in sites}
+        self.sites = tuple(sites)
+        self._real = {s.name: real_channels(s, self.positions[s.name]) for s in sites}
+        self._by_dim: dict[str, dict[int, list[tuple[Slot, Site]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for site in sites:
+            if self.positions[site.name]:
+                for slot in site.slots:
+                    self._by_dim[slot.tensor][slot.dim].append((slot, site))
+        for dims in self._by_dim.values():
+            for entries in dims.values():
+                entries.sort(key=lambda entry: entry[0].start)
+
+    def changed(self) -> Iterator[str]:
+        """Names of the tensors that gain entries."""
+        return iter(self._by_dim)
+
+    def widened_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a tensor after insertion."""
+        sizes = list(shape)
+        for dim, entries in self._by_dim.get(name, {}).items():
+            sizes[dim] += sum(slot.block * len(self.positions[site.name]) for slot, site in entries)
+        return tuple(sizes)
+
+    def narrowed_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a tensor after removal; the inverse of `widened_shape`."""
+        grown = self.widened_shape(name, [0] * len(shape))
+        return tuple(size - more for size, more in zip(shape, grown, strict=True))
+
+    def kept(self, name: str, shape: Sequence[int]) -> dict[int, Tensor]:
+        """For each widened dimension, where the victim's entries are in the widened tensor.
+
+        Args:
+            name: Tensor name.
+            shape: The victim's shape of it.
+
+        Raises:
+            SiteError: A slot reaches outside the tensor.
+        """
+        result = {}
+        for dim, entries in self._by_dim.get(name, {}).items():
+            pieces, cursor, shift = [], 0, 0
+            for slot, site in entries:
+                end = slot.start + site.width * slot.block
+                if dim >= len(shape) or slot.start < cursor or end > shape[dim]:
+                    raise SiteError(
+                        f"site {site.name!r}: slot [{slot.start}, {end}) of dimension {dim} does not fit "
+                        f"tensor {name!r} of shape {tuple(shape)}; is the site list of another network?"
+                    )
+                pieces.append(torch.arange(cursor, slot.start) + shift)
+                blocks = self._real[site.name][:, None] * slot.block + torch.arange(slot.block)
+                pieces.append(blocks.flatten() + slot.start + shift)
+                shift += slot.block * len(self.positions[site.name])
+                cursor = end
+            pieces.append(torch.arange(cursor, shape[dim]) + shift)
+            result[dim] = torch.cat(pieces)
+        return result
+
+    def widened_slot(self, slot: Slot) -> Slot:
+        """The slot as it lies in the widened tensor: its start moved by what was inserted before it."""
+        before = sum(
+            other.block * len(self.positions[site.name])
+            for other, site in self._by_dim.get(slot.tensor, {}).get(slot.dim, ())
+            if other.start < slot.start
+        )
+        return Slot(slot.tensor, slot.dim, slot.role, slot.start + before, slot.block)
+
+    def widened_sites(self) -> tuple[Site, ...]:
+        """The sites as a tracer of the encrypted network would see them: confusion channels included."""
+        return tuple(
+            Site(
+                site.name,
+                site.width + len(self.positions[site.name]),
+                tuple(self.widened_slot(slot) for slot in site.slots),
+                site.stream,
+            )
+            for site in self.sites
+        )
+
+
+def narrow_sites(sites: Sequence[Site], channels: Positions) -> tuple[Site, ...]:
+    """The sites of a network after removing channels; the inverse of `Layout.widened_sites`.
+
+    Args:
+        sites: Sites of the network that still has the channels.
+        channels: Site name -> ascending positions of the channels to remove.
+
+    Raises:
+        SiteError: An unknown site, or one that would lose all its channels.
+    """
+    widths = {site.name: site.width for site in sites}
+    for name, gone in channels.items():
+        if len(gone) >= widths.get(name, 0):
+            raise SiteError(
+                f"cannot remove {len(gone)} channels of site {name!r}: it has {widths.get(name, 0)}"
+            )
+    removed: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    for site in sites:
+        for slot in site.slots:
+            count = slot.block * len(channels.get(site.name, ()))
+            removed[slot.tensor, slot.dim].append((slot.start, count))
+
+    def moved(slot: Slot) -> Slot:
+        before = sum(c for start, c in removed[slot.tensor, slot.dim] if start < slot.start)
+        return Slot(slot.tensor, slot.dim, slot.role, slot.start - before, slot.block)
+
+    return tuple(
+        Site(s.name, s.width - len(channels.get(s.name, ())), tuple(map(moved, s.slots)), s.stream)
+        for s in sites
+    )
+
+
+def widen(tensor: Tensor, kept: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
+    """Spread a tensor's entries over a larger, zero-filled one.
+
+    Args:
+        tensor: Any shape and dtype.
+        kept: From `Layout.kept`.
+        shape: From `Layout.widened_shape`.
+    """
+    result = tensor.new_zeros(tuple(shape))
+    result[_mesh(kept, tensor)] = tensor
+    return result
+
+
+def narrow(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Take the victim's entries out of a widened tensor; the exact inverse of `widen`."""
+    for dim, index in kept.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor.contiguous()
+
+
+def insert(network: nn.Module, layout: Layout) -> nn.Module:
+    """A copy of a network with zero-filled confusion channels; the given network is untouched."""
+    state = network.state_dict()
+    return replace_tensors(
+        network,
+        {
+            name: widen(
+                state[name],
+                layout.kept(name, state[name].shape),
+                layout.widened_shape(name, state[name].shape),
+            )
+            for name in layout.changed()
+        },
+    )
+
+
+def remove(network: nn.Module, layout: Layout) -> nn.Module:
+    """A copy of a network without its confusion channels; the exact inverse of `insert`.
+
+    Args:
+        network: The widened network.
+        layout: The layout it was widened by.
+
+    Raises:
+        SiteError: The network does not have the tensors or sizes of the layout.
+    """
+    state = network.state_dict()
+    tensors = {}
+    for name in layout.changed():
+        if name not in state:
+            raise SiteError(f"the network has no tensor {name!r}; is the key of another network?")
+        shape = layout.narrowed_shape(name, state[name].shape)
+        tensors[name] = narrow(state[name], layout.kept(name, shape))
+    return replace_tensors(network, tensors)
+
+
+def _mesh(kept: Mapping[int, Tensor], tensor: Tensor) -> tuple[Tensor | slice, ...]:
+    """Indices that address the outer product of the kept entries of each dimension.
+
+    Dimensions after the last widened one stay slices, so that whole kernels move at once.
+    """
+    if not kept:
+        return (slice(None),)
+    last = max(kept)
+    full = [kept.get(d, torch.arange(tensor.shape[d])).to(tensor.device) for d in range(last + 1)]
+    return tuple(index.reshape([-1] + [1] * (last - d)) for d, index in enumerate(full))
+
+
+def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
+    """Copy a network's structure around other tensors, of any shapes; the given model is untouched.
+
+    Args:
+        model: The structure; its own tensors are not copied where others replace them.
+        tensors: State-dict names to tensors; taken as they are, not cloned.
+
+    Raises:
+        SiteError: A tensor has no place in the model.
+    """
+    # Both names of a tied tensor map to one object, so that it stays tied.
+    own = dict(model.named_parameters(remove_duplicate=False))
+    own.update(model.named_buffers(remove_duplicate=False))
+    if strangers := sorted(set(tensors) - set(own)):
+        raise SiteError(f"tensors {strangers[:5]} have no place in {type(model).__name__}")
+    memo: dict[int, object] = {}
+    for name, tensor in tensors.items():
+        old = own[name]
+        if isinstance(old, nn.Parameter):
+            memo[id(old)] = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+        else:
+            memo[id(old)] = tensor.detach()
+    result = copy.deepcopy(model, memo)
+    for path, module in result.named_modules():
+        resize(module, model.get_submodule(path))
+    return result
+
+
+def resize(module: nn.Module, before: nn.Module) -> None:
+    """Make a layer's declared sizes agree with its tensors.
+
+    Args:
+        module: The layer with its new tensors.
+        before: The layer as it was, for what tensors alone do not tell (depthwise or grouped).
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and isinstance(before, nn.modules.conv._ConvNd):
+        if (
+            before.groups == before.in_channels and before.groups > 1
+        ):  # depthwise: one group a channel
+            module.groups = module.weight.shape[0] * before.groups // before.weight.shape[0]
+        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
+        sizes = (first, second) if module.transposed else (second, first)
+        module.in_channels, module.out_channels = sizes
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        for tensor in (module.weight, module.running_mean):
+            if tensor is not None:
+                module.num_features = tensor.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape

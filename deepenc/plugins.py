@@ -1,0 +1,272 @@
+"""Plugins: what they are, where they are found, and how a line of text becomes one.
+
+Built-in plugins are declared as entry points in pyproject.toml, exactly as anybody's are; a plugin in a
+file of the user's own is loaded with `load_file`. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from abc import ABC
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from deepenc.errors import ConfigError, PluginError, near
+
+GROUPS = {
+    "attack": "deepenc.attacks",
+    "placement": "deepenc.placements",
+    "weights": "deepenc.weights",
+    "hardening": "deepenc.hardenings",
+    "defense": "deepenc.defenses",
+    "victim": "deepenc.victims",
+}
+
+Spec = str | Mapping[str, Any]
+"""A plugin as text: ``"name"``, ``"name:field=value,..."`` or ``{"name": ..., field: value}``."""
+
+
+class Plugin(BaseModel, ABC):
+    """Base of the plugin interfaces.
+
+    A plugin is frozen and keyword-only; its fields are its parameters, each with a default, bounds and a
+    description. It keeps nothing from one call to the next. A field whose type is an interface
+    (`Attack`, `Placement`, ...) takes a plugin or its `Spec`.
+
+    Attributes:
+        kind: Which interface, set by the interface.
+        name: How configurations call the plugin, set by the plugin.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_spec(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
+        if isinstance(data, cls):
+            return data
+        if inspect.isabstract(cls):
+            built = build(cls.kind, data)
+            assert isinstance(built, cls)
+            return built
+        return handler(data)
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+    def spec(self) -> dict[str, Any]:
+        """The plugin as plain data, from which `build` makes an equal one."""
+        return {"name": self.name} | {
+            field: _plain(getattr(self, field)) for field in type(self).model_fields
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Plugin):
+        return value.spec()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+# Plugins of the user's files, by kind and name, beside those of the entry points.
+_loaded: dict[tuple[str, str], type[Plugin]] = {}
+
+
+@cache
+def _declared(kind: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUPS[kind]):
+        if point.name in found and found[point.name].value != point.value:
+            raise PluginError(
+                f"{kind} {point.name!r} is declared twice: by {found[point.name].value} and by "
+                f"{point.value}; uninstall one of the packages or rename its entry point"
+            )
+        found[point.name] = point
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """Names of all plugins of a kind, sorted; imports none of them."""
+    return sorted({*_declared(kind), *(name for k, name in _loaded if k == kind)})
+
+
+def get(kind: str, name: str) -> Any:
+    """The registered class (for a defense, the registered object) of that name.
+
+    Raises:
+        PluginError: No such plugin, or it does not import, or it is not what its entry point says.
+    """
+    if (kind, name) in _loaded:
+        return _loaded[kind, name]
+    if name not in _declared(kind):
+        raise PluginError(f"unknown {kind} {name!r}: {near(name, names(kind))}")
+    point = _declared(kind)[name]
+    try:
+        found = point.load()
+    except Exception as error:
+        raise PluginError(
+            f"{kind} {name!r} ({point.value}) does not import: {type(error).__name__}: {error}; "
+            "repair or uninstall the package that declares it"
+        ) from error
+    cls = found if inspect.isclass(found) else type(found)
+    if (
+        not issubclass(cls, BaseModel)
+        or getattr(cls, "kind", None) != kind
+        or inspect.isabstract(cls)
+    ):
+        raise PluginError(f"entry point {point.value} is not a complete {kind}; see docs/")
+    if getattr(found, "name", None) != name:
+        raise PluginError(
+            f"{kind} {name!r} ({point.value}) calls itself {getattr(found, 'name', None)!r}; "
+            "make its `name` and the entry point's agree"
+        )
+    return found
+
+
+def build(kind: str, spec: Any) -> Any:
+    """Make a plugin from its `Spec`.
+
+    Raises:
+        PluginError: The name is unknown.
+        ConfigError: A parameter is unknown or out of bounds.
+
+    >>> parse("finetune:epochs=3,lr=0.01")
+    {'name': 'finetune', 'epochs': 3, 'lr': 0.01}
+    """
+    if isinstance(spec, Plugin):
+        return spec
+    fields = parse(spec)
+    name = fields.pop("name")
+    cls = get(kind, name)
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"{kind} {name!r}: {explain(error, list(cls.model_fields))}") from error
+
+
+def parse(spec: Any) -> dict[str, Any]:
+    """Split a spec into a name and parameters.
+
+    Raises:
+        ConfigError: It has no name, or is neither text nor a mapping.
+    """
+    if spec is None:  # an unquoted `null` in YAML means the plugin of that name
+        spec = "null"
+    if isinstance(spec, str):
+        name, _, rest = spec.partition(":")
+        fields: dict[str, Any] = {"name": name}
+        for item in filter(None, rest.split(",")):
+            key, separator, value = item.partition("=")
+            if not separator:
+                raise ConfigError(f"expected name:field=value,... got {spec!r}")
+            fields[key.strip()] = yaml.safe_load(value)
+        return fields
+    if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise ConfigError(f"expected a mapping with a `name`, got the keys {sorted(spec)}")
+        return {**spec, "name": "null" if spec["name"] is None else spec["name"]}
+    raise ConfigError(f"expected a name or a mapping, got {type(spec).__name__}: {spec!r}")
+
+
+def explain(error: ValidationError, known: list[str]) -> str:
+    """A pydantic error in one line: which field, what was wrong, which name may have been meant."""
+    parts = []
+    for detail in error.errors(include_url=False):
+        where = ".".join(str(step) for step in detail["loc"]) or "it"
+        if detail["type"] == "extra_forbidden":
+            parts.append(f"unknown parameter {where!r}: {near(str(detail['loc'][-1]), known)}")
+        else:
+            parts.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
+    return "; ".join(parts)
+
+
+def register(cls: type[Plugin], source: str) -> None:
+    """Add a plugin class to the registry of its kind.
+
+    Args:
+        cls: A concrete subclass of an interface.
+        source: Where it comes from, for messages.
+
+    Raises:
+        PluginError: It has no name, or the name is taken.
+    """
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name:
+        raise PluginError(
+            f'{source}: {cls.__name__} needs a name; add `name: ClassVar[str] = "..."` to the class'
+        )
+    taken = _loaded.get((cls.kind, name))
+    if (taken is not None and taken.__module__ != cls.__module__) or name in _declared(cls.kind):
+        raise PluginError(f"{source}: the {cls.kind} name {name!r} is taken; choose another")
+    _loaded[cls.kind, name] = cls
+
+
+def load_file(path: str | Path) -> list[type[Plugin]]:
+    """Import a user's Python file and register the plugins it defines.
+
+    Raises:
+        PluginError: The file does not exist, does not import, or defines no plugin.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise PluginError(f"no plugin file at {path}; give the path of a Python file")
+    module_name = f"deepenc_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        module = _import(module_name, path)
+    found = [
+        cls
+        for cls in vars(module).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, Plugin)
+        and cls.__module__ == module_name
+        and not inspect.isabstract(cls)
+    ]
+    if not found:
+        raise PluginError(
+            f"{path} defines no plugin; subclass Attack, Placement, Weights or Hardening"
+        )
+    for cls in found:
+        register(cls, str(path))
+    return found
+
+
+def _import(module_name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # pydantic resolves annotations through it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise PluginError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def code_version(plugin: object) -> str:
+    """Hash of the source file that defines a plugin's class: results of other code are other results."""
+    source = inspect.getsourcefile(type(plugin))
+    content = Path(source).read_bytes() if source else b""
+    return hashlib.sha256(content).hexdigest()[:16]

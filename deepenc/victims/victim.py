@@ -1,0 +1,74 @@
+"""A victim: a trained network, and images in parts that never overlap."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from deepenc.plugins import Plugin
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Some images with their labels.
+
+    Attributes:
+        inputs: ``(images, ...)``, ready for the network.
+        labels: ``(images,)``, int64, in [0, classes).
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Victim:
+    """The original network and its data.
+
+    Attributes:
+        name: How tables call it.
+        model: The network, in eval mode, on the CPU.
+        classes: Number of classes.
+        defender: The defender's images (D of Equation 1); the network may have been trained on them.
+        attacker: The attacker's images; the network was not trained on them.
+        judge: The judge's images; the network was not trained on them, and no attacker sees them.
+        fingerprint: Identifies the weights and the data (SHA-256, hex).
+    """
+
+    name: str
+    model: nn.Module
+    classes: int
+    defender: Images
+    attacker: Images
+    judge: Images
+    fingerprint: str
+
+    @property
+    def example(self) -> Tensor:
+        """One input, as a batch of one."""
+        return self.defender.inputs[:1]
+
+
+class VictimSource(Plugin):
+    """Loads or trains a victim."""
+
+    kind: ClassVar[str] = "victim"
+
+    @abstractmethod
+    def load(self, cache: Path) -> Victim:
+        """Get the victim.
+
+        Args:
+            cache: Folder for what is trained or converted once; created where missing.
+
+        Raises:
+            VictimError: Weights or data are missing or unusable; says where they were looked for.
+        """

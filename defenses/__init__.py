@@ -1,0 +1,1 @@
+"""Built-in defenses: placements, weights, hardenings, and the presets they make."""

@@ -1,0 +1,1 @@
+"""How many confusion channels go where."""

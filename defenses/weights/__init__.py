@@ -1,0 +1,1 @@
+"""What confusion channels are filled with."""
