@@ -129,11 +129,7 @@ def get(kind: str, name: str) -> Any:
             "repair or uninstall the package that declares it"
         ) from error
     cls = found if inspect.isclass(found) else type(found)
-    if (
-        not issubclass(cls, BaseModel)
-        or getattr(cls, "kind", None) != kind
-        or inspect.isabstract(cls)
-    ):
+    if not issubclass(cls, BaseModel) or getattr(cls, "kind", None) != kind or inspect.isabstract(cls):
         raise PluginError(f"entry point {point.value} is not a complete {kind}; see docs/")
     if getattr(found, "name", None) != name:
         raise PluginError(
@@ -243,9 +239,7 @@ def load_file(path: str | Path) -> list[type[Plugin]]:
         and not inspect.isabstract(cls)
     ]
     if not found:
-        raise PluginError(
-            f"{path} defines no plugin; subclass Attack, Placement, Weights or Hardening"
-        )
+        raise PluginError(f"{path} defines no plugin; subclass Attack, Placement, Weights or Hardening")
     for cls in found:
         register(cls, str(path))
     return found

@@ -63,9 +63,7 @@ class Case:
         """A deep copy of the encrypted network, metered like it."""
         return copy.deepcopy(self.encrypted)
 
-    def remove(
-        self, channels: Mapping[str, tuple[int, ...]], network: nn.Module | None = None
-    ) -> nn.Module:
+    def remove(self, channels: Mapping[str, tuple[int, ...]], network: nn.Module | None = None) -> nn.Module:
         """Take channels out of the encrypted network.
 
         Args:

@@ -65,8 +65,7 @@ class Needs(BaseModel):
     def union(self, other: Needs) -> Needs:
         """What is needed to run both."""
         fields: dict[str, Any] = {
-            field: max(getattr(self, field), getattr(other, field))
-            for field in type(self).model_fields
+            field: max(getattr(self, field), getattr(other, field)) for field in type(self).model_fields
         }
         return Needs(**fields)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
-from deepenc.plugins import Plugin
+from deepenc.plugins import Plugin, get
 
 Allocation = dict[str, int]
 """Site name -> number of confusion channels, the paper's ΔC (Section 2.2)."""
@@ -125,6 +125,9 @@ class Hardening(Plugin):
 class Defense(BaseModel):
     """Placement, weights and hardening under one name.
 
+    Where a defense is expected, the name of a registered one will do (``"paper-samp"``), and so will a
+    mapping; ``base`` in it names a registered defense whose other parts are taken over.
+
     Attributes:
         name: How tables call it.
         placement: Chooses the allocation; None leaves the network as it is (the null defense).
@@ -140,6 +143,23 @@ class Defense(BaseModel):
     placement: Placement | None = None
     weights: Weights | None = None
     hardening: tuple[Hardening, ...] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_spec(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
+        if data is None or isinstance(data, str):  # an unquoted `null` in YAML is the null defense
+            data = get("defense", data or "null")
+        elif isinstance(data, Mapping) and "base" in data:
+            base = get("defense", data["base"])
+            rest = {key: value for key, value in data.items() if key != "base"}
+            data = {field: getattr(base, field) for field in cls.model_fields} | rest
+        return handler(data)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.placement is None) != (self.weights is None) or (self.hardening and not self.placement):
+            raise ValueError("a defense needs placement and weights, or, as the null defense, nothing")
+        return self
 
     @property
     def protects(self) -> bool:

@@ -63,9 +63,7 @@ class Layout:
         self.positions = {s.name: tuple(positions.get(s.name, ())) for s in sites}
         self.sites = tuple(sites)
         self._real = {s.name: real_channels(s, self.positions[s.name]) for s in sites}
-        self._by_dim: dict[str, dict[int, list[tuple[Slot, Site]]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        self._by_dim: dict[str, dict[int, list[tuple[Slot, Site]]]] = defaultdict(lambda: defaultdict(list))
         for site in sites:
             if self.positions[site.name]:
                 for slot in site.slots:
@@ -252,7 +250,7 @@ def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
         SiteError: A tensor has no place in the model.
     """
     # Both names of a tied tensor map to one object, so that it stays tied.
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own.update(model.named_buffers(remove_duplicate=False))
     if strangers := sorted(set(tensors) - set(own)):
         raise SiteError(f"tensors {strangers[:5]} have no place in {type(model).__name__}")
@@ -277,9 +275,7 @@ def resize(module: nn.Module, before: nn.Module) -> None:
         before: The layer as it was, for what tensors alone do not tell (depthwise or grouped).
     """
     if isinstance(module, nn.modules.conv._ConvNd) and isinstance(before, nn.modules.conv._ConvNd):
-        if (
-            before.groups == before.in_channels and before.groups > 1
-        ):  # depthwise: one group a channel
+        if before.groups == before.in_channels and before.groups > 1:  # depthwise: one group a channel
             module.groups = module.weight.shape[0] * before.groups // before.weight.shape[0]
         first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
         sizes = (first, second) if module.transposed else (second, first)

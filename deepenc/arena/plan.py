@@ -1,0 +1,200 @@
+"""What a run consists of: the experiment, and the cells of its matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deepenc.arena.case import Attack
+from deepenc.arena.threat import Threat
+from deepenc.encryption.defense import Defense
+from deepenc.plugins import code_version, get, names, parse
+from deepenc.victims.victim import VictimSource
+
+
+class Entry(BaseModel):
+    """An attack in an experiment.
+
+    Attributes:
+        attack: The attack, or its spec. In YAML the entry itself may be the spec, with ``threats`` and
+            ``label`` beside the attack's own parameters.
+        threats: Names of the threat models it runs under; default: all.
+        label: How tables call it; default: the attack's name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attack: Attack
+    threats: tuple[str, ...] | None = None
+    label: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_spec(cls, data: Any) -> Any:
+        if isinstance(data, Attack):
+            return {"attack": data, "label": data.name}
+        if isinstance(data, Mapping) and "attack" in data:
+            return data
+        spec = parse(data)
+        own = {key: spec.pop(key) for key in ("threats", "label") if key in spec}
+        return {"attack": spec, "label": spec["name"]} | own
+
+
+class Experiment(BaseModel):
+    """Attack against defense: every combination of what is listed.
+
+    The references are added by themselves: the null defense against the attacks that are references.
+
+    Attributes:
+        name: Name of the run's folder.
+        victims: Networks and data.
+        defenses: Defenses, by name or as mappings.
+        attacks: Attacks, by name or as mappings.
+        threats: Threat models.
+        keys: Keys per defense; a number without a second key has no interval.
+        repeats: Attack seeds per key.
+        seed: Root of all keys and seeds. Leave it out, and each run draws its own: whoever guesses the
+            seed has the keys. Give one only to repeat a run exactly.
+        judge: Judge's images to use at most; default: all.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    victims: tuple[VictimSource, ...] = Field(min_length=1)
+    defenses: tuple[Defense, ...] = Field(min_length=1)
+    attacks: tuple[Entry, ...] = Field(min_length=1)
+    threats: tuple[Threat, ...] = Field(min_length=1)
+    keys: int = Field(3, ge=1)
+    repeats: int = Field(1, ge=1)
+    seed: int | None = None
+    judge: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _labels_distinct(self) -> Self:
+        for what, labels in (
+            ("victims", [v.name for v in self.victims]),
+            ("defenses", [d.name for d in self.defenses]),
+            ("threats", [t.name for t in self.threats]),
+            ("attacks", [e.label for e in self.attacks]),
+        ):
+            twice = sorted({label for label in labels if labels.count(label) > 1})
+            if twice:
+                raise ValueError(f"{what} {twice} are listed twice; give each its own name or label")
+        known = {t.name for t in self.threats}
+        for entry in self.attacks:
+            if strangers := sorted(set(entry.threats or ()) - known):
+                raise ValueError(f"attack {entry.label!r} names threats {strangers}; known: {sorted(known)}")
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """The experiment as plain data, from which an equal one can be made."""
+        return {
+            "name": self.name,
+            "victims": [v.spec() for v in self.victims],
+            "defenses": [d.spec() for d in self.defenses],
+            "attacks": [
+                {"attack": e.attack.spec(), "label": e.label, "threats": e.threats} for e in self.attacks
+            ],
+            "threats": [t.model_dump() for t in self.threats],
+            "keys": self.keys,
+            "repeats": self.repeats,
+            "seed": self.seed,
+            "judge": self.judge,
+            "device": self.device,
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One duel to be fought: a place in the matrix.
+
+    Attributes:
+        victim: Where the network and the data come from.
+        defense: The defense.
+        entry: The attack, with its label.
+        threat: The threat model.
+        key: Index of the key, from 0.
+        repeat: Index of the attack seed, from 0.
+    """
+
+    victim: VictimSource
+    defense: Defense
+    entry: Entry
+    threat: Threat
+    key: int
+    repeat: int
+
+    def identity(self, victim_fingerprint: str, root: bytes, judge: int | None) -> str:
+        """Hash of all that the result depends on.
+
+        Args:
+            victim_fingerprint: Of the victim's weights and data.
+            root: The run's root, from which keys and seeds are derived.
+            judge: Judge's images at most.
+        """
+        plugins = (self.entry.attack, *self.defense.plugins())
+        content = {
+            "victim": [self.victim.spec(), victim_fingerprint],
+            "defense": self.defense.spec(),
+            "attack": [self.entry.label, self.entry.attack.spec()],
+            "threat": self.threat.model_dump(),
+            "code": [code_version(plugin) for plugin in plugins],
+            "key": self.key,
+            "repeat": self.repeat,
+            "root": hashlib.sha256(root).hexdigest(),
+            "judge": judge,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def secret(self, root: bytes) -> bytes:
+        """The defender's 32-byte secret; nothing in a case leads back to it."""
+        return _derive(root, "secret", self.victim.spec(), self.defense.spec(), self.key)
+
+    def attack_seed(self, root: bytes) -> int:
+        """The attacker's seed, the same against every defense, in [0, 2**63)."""
+        derived = _derive(root, "attack", self.victim.spec(), self.threat.name, self.key, self.repeat)
+        return int.from_bytes(derived[:8]) >> 1
+
+
+def _derive(root: bytes, role: str, *parts: Any) -> bytes:
+    return hashlib.sha256(root + json.dumps([role, *parts], sort_keys=True).encode()).digest()
+
+
+def plan(experiment: Experiment) -> list[Cell]:
+    """All cells of an experiment, references included; cells that share an encryption are neighbours."""
+    return list(dict.fromkeys(_cells(experiment)))
+
+
+def _cells(experiment: Experiment) -> Iterator[Cell]:
+    null = Defense.model_validate("null")
+    defenses = {null.name: null} | {d.name: d for d in experiment.defenses}
+    listed = {entry.attack.name for entry in experiment.attacks}
+    references = [
+        Entry.model_validate(name)
+        for name in names("attack")
+        if get("attack", name).reference and name not in listed
+    ]
+    wanted = {d.name for d in experiment.defenses}
+    for victim in experiment.victims:
+        for defense in defenses.values():
+            entries = (*references, *(experiment.attacks if defense.name in wanted else ()))
+            if defense.name == null.name:
+                entries = (
+                    *references,
+                    *(e for e in experiment.attacks if e.attack.reference or null.name in wanted),
+                )
+            for key in range(experiment.keys):
+                for threat in experiment.threats:
+                    for entry in entries:
+                        if entry.threats is not None and threat.name not in entry.threats:
+                            continue
+                        for repeat in range(experiment.repeats):
+                            yield Cell(victim, defense, entry, threat, key, repeat)

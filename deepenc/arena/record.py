@@ -1,0 +1,102 @@
+"""The record of a duel: versioned, typed, immutable. What was not measured is absent."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+State = Literal["planned", "running", "done", "unsupported", "out_of_budget", "failed"]
+"""State of a cell."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Accuracy(_Part):
+    """Judged accuracy, as counts."""
+
+    correct: int = Field(ge=0)
+    images: int = Field(gt=0)
+
+    @property
+    def rate(self) -> float:
+        """Share of images classified right, in [0, 1]."""
+        return self.correct / self.images
+
+
+class Detection(_Part):
+    """How well the claimed scores separate confusion channels from real ones, over all sites.
+
+    Attributes:
+        auc: Area under the ROC curve, in [0, 1]; 0.5 is chance. Scores are pooled over sites after
+            turning them into ranks within each site.
+        average_precision: In [0, 1]; chance is the share of confusion channels.
+        tpr: True positive rate at 1 % false positives, in [0, 1].
+        exact_sites: Sites whose ΔC most suspect channels are exactly the confusion channels.
+        sites: Sites with confusion channels.
+        bits_left: log2 of the keys still to be tried by an attacker who tries them in the order that his
+            scores suggest; at most ``bits``.
+        bits: log2 of all keys.
+    """
+
+    auc: float = Field(ge=0, le=1)
+    average_precision: float = Field(ge=0, le=1)
+    tpr: float = Field(ge=0, le=1)
+    exact_sites: int = Field(ge=0)
+    sites: int = Field(ge=1)
+    bits_left: float = Field(ge=0)
+    bits: float = Field(ge=0)
+
+
+class Cost(_Part):
+    """What the attack spent, as the arena metered it."""
+
+    samples: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+class Record(_Part):
+    """The immutable result of a duel.
+
+    Attributes:
+        cell: Identity of the cell.
+        victim: Name of the victim.
+        defense: Name of the defense.
+        attack: Label of the attack.
+        threat: Name of the threat model.
+        key: Index of the key.
+        repeat: Index of the attack seed.
+        reference: What the attack is a reference for, if anything (see `Attack.reference`).
+        protected: Whether the defense inserts anything (the null defense does not).
+        state: How the duel ended; never "planned" or "running".
+        reason: Why it did not end "done": what is missing, or the traceback.
+        accuracy: Judged accuracy of the claimed network, or of what is left after removing the most
+            suspect channels.
+        removed: Whether the network that was judged was made by the arena, by that removal.
+        detection: How good the claimed scores are.
+        cost: What the attack spent.
+        memory: Measured ΔMem / Mem of the defense.
+        key_bits: Entropy of the key.
+    """
+
+    version: Literal[1] = 1
+    cell: str
+    victim: str
+    defense: str
+    attack: str
+    threat: str
+    key: int
+    repeat: int
+    reference: Literal["floor", "scratch"] | None = None
+    protected: bool
+    state: Literal["done", "unsupported", "out_of_budget", "failed"]
+    reason: str | None = None
+    accuracy: Accuracy | None = None
+    removed: bool = False
+    detection: Detection | None = None
+    cost: Cost | None = None
+    memory: float | None = None
+    key_bits: float | None = None
