@@ -7,10 +7,14 @@ with its new tensors.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deepenc.errors import SiteError
@@ -22,27 +26,35 @@ Positions = Mapping[str, tuple[int, ...]]
 
 
 def forged_entries(slot: Slot, positions: Sequence[int]) -> Tensor:
-    """Entries of the confusion channels, counted from the slot's own (widened) start; ``(count * block,)``."""
-    channels = torch.as_tensor(positions, dtype=torch.long)
-    return (channels[:, None] * slot.block + torch.arange(slot.block)).flatten()
+    """Entries of the confusion channels, from the slot's widened start on; ``(count * block,)``."""
+    return torch.from_numpy(_blocks(slot.block, positions))
 
 
-def real_channels(site: Site, positions: Sequence[int]) -> Tensor:
-    """Positions of the real channels, ascending, ``(width,)``.
+def _blocks(block: int, positions: Sequence[int]) -> NDArray[np.int64]:
+    channels = np.asarray(positions, dtype=np.int64)
+    return channels if block == 1 else (channels[:, None] * block + np.arange(block)).ravel()
+
+
+def check_positions(site: Site, positions: Sequence[int]) -> None:
+    """Refuse positions that are not distinct, ascending, and inside the widened site.
 
     Raises:
-        SiteError: The positions are not distinct, ascending, and inside the widened site.
+        SiteError: They are not.
     """
     total = site.width + len(positions)
-    if list(positions) != sorted(set(positions)) or (
-        positions and not 0 <= positions[0] <= positions[-1] < total
-    ):
+    ascending = all(a < b for a, b in itertools.pairwise(positions))
+    if positions and not (ascending and positions[0] >= 0 and positions[-1] < total):
         raise SiteError(
             f"site {site.name!r}: expected ascending, distinct positions in [0, {total}), got {positions}"
         )
-    real = torch.ones(total, dtype=torch.bool)
-    real[torch.as_tensor(positions, dtype=torch.long)] = False
-    return real.nonzero().flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class _Insertion:
+    """What is inserted along one dimension of one tensor."""
+
+    end: int  # the victim's entries that the slots reach over
+    forged: NDArray[np.int64]  # inserted entries, in widened coordinates
 
 
 class Layout:
@@ -62,25 +74,41 @@ class Layout:
             raise SiteError(f"positions name sites that the network does not have: {strangers}")
         self.positions = {s.name: tuple(positions.get(s.name, ())) for s in sites}
         self.sites = tuple(sites)
-        self._real = {s.name: real_channels(s, self.positions[s.name]) for s in sites}
-        self._by_dim: dict[str, dict[int, list[tuple[Slot, Site]]]] = defaultdict(lambda: defaultdict(list))
         for site in sites:
-            if self.positions[site.name]:
-                for slot in site.slots:
-                    self._by_dim[slot.tensor][slot.dim].append((slot, site))
-        for dims in self._by_dim.values():
-            for entries in dims.values():
-                entries.sort(key=lambda entry: entry[0].start)
+            check_positions(site, self.positions[site.name])
+        meeting: dict[tuple[str, int], list[tuple[Slot, Site]]] = defaultdict(list)
+        for site in sites:
+            for slot in site.slots:
+                meeting[slot.tensor, slot.dim].append((slot, site))
+        self._starts: dict[tuple[str, int, int], int] = {}
+        self._insertions: dict[str, dict[int, _Insertion]] = defaultdict(dict)
+        for (tensor, dim), entries in meeting.items():
+            insertion = self._insertion(sorted(entries, key=lambda entry: entry[0].start))
+            if len(insertion.forged):
+                self._insertions[tensor][dim] = insertion
+
+    def _insertion(self, entries: list[tuple[Slot, Site]]) -> _Insertion:
+        pieces: list[NDArray[np.int64]] = []
+        cursor = shift = 0
+        for slot, site in entries:
+            if slot.start < cursor:
+                raise SiteError(f"site {site.name!r}: {slot} overlaps the slot before it")
+            self._starts[slot.tensor, slot.dim, slot.start] = slot.start + shift
+            forged = _blocks(slot.block, self.positions[site.name])
+            pieces.append(forged + (slot.start + shift))
+            cursor = slot.start + site.width * slot.block
+            shift += len(forged)
+        return _Insertion(cursor, np.concatenate(pieces))
 
     def changed(self) -> Iterator[str]:
         """Names of the tensors that gain entries."""
-        return iter(self._by_dim)
+        return iter(self._insertions)
 
     def widened_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of a tensor after insertion."""
         sizes = list(shape)
-        for dim, entries in self._by_dim.get(name, {}).items():
-            sizes[dim] += sum(slot.block * len(self.positions[site.name]) for slot, site in entries)
+        for dim, insertion in self._insertions.get(name, {}).items():
+            sizes[dim] += len(insertion.forged)
         return tuple(sizes)
 
     def narrowed_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -99,41 +127,28 @@ class Layout:
             SiteError: A slot reaches outside the tensor.
         """
         result = {}
-        for dim, entries in self._by_dim.get(name, {}).items():
-            pieces, cursor, shift = [], 0, 0
-            for slot, site in entries:
-                end = slot.start + site.width * slot.block
-                if dim >= len(shape) or slot.start < cursor or end > shape[dim]:
-                    raise SiteError(
-                        f"site {site.name!r}: slot [{slot.start}, {end}) of dimension {dim} does not fit "
-                        f"tensor {name!r} of shape {tuple(shape)}; is the site list of another network?"
-                    )
-                pieces.append(torch.arange(cursor, slot.start) + shift)
-                blocks = self._real[site.name][:, None] * slot.block + torch.arange(slot.block)
-                pieces.append(blocks.flatten() + slot.start + shift)
-                shift += slot.block * len(self.positions[site.name])
-                cursor = end
-            pieces.append(torch.arange(cursor, shape[dim]) + shift)
-            result[dim] = torch.cat(pieces)
+        for dim, insertion in self._insertions.get(name, {}).items():
+            if dim >= len(shape) or insertion.end > shape[dim]:
+                raise SiteError(
+                    f"the sites reach to entry {insertion.end} of dimension {dim} of tensor {name!r}, whose "
+                    f"shape is {tuple(shape)}; are the sites or the key those of another network?"
+                )
+            real = np.ones(shape[dim] + len(insertion.forged), dtype=bool)
+            real[insertion.forged] = False
+            result[dim] = torch.from_numpy(np.flatnonzero(real))
         return result
 
     def widened_slot(self, slot: Slot) -> Slot:
         """The slot as it lies in the widened tensor: its start moved by what was inserted before it."""
-        before = sum(
-            other.block * len(self.positions[site.name])
-            for other, site in self._by_dim.get(slot.tensor, {}).get(slot.dim, ())
-            if other.start < slot.start
-        )
-        return Slot(slot.tensor, slot.dim, slot.role, slot.start + before, slot.block)
+        return replace(slot, start=self._starts[slot.tensor, slot.dim, slot.start])
 
     def widened_sites(self) -> tuple[Site, ...]:
         """The sites as a tracer of the encrypted network would see them: confusion channels included."""
         return tuple(
-            Site(
-                site.name,
-                site.width + len(self.positions[site.name]),
-                tuple(self.widened_slot(slot) for slot in site.slots),
-                site.stream,
+            replace(
+                site,
+                width=site.width + len(self.positions[site.name]),
+                slots=tuple(self.widened_slot(slot) for slot in site.slots),
             )
             for site in self.sites
         )
@@ -155,19 +170,23 @@ def narrow_sites(sites: Sequence[Site], channels: Positions) -> tuple[Site, ...]
             raise SiteError(
                 f"cannot remove {len(gone)} channels of site {name!r}: it has {widths.get(name, 0)}"
             )
-    removed: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for site in sites:
-        for slot in site.slots:
-            count = slot.block * len(channels.get(site.name, ()))
-            removed[slot.tensor, slot.dim].append((slot.start, count))
-
-    def moved(slot: Slot) -> Slot:
-        before = sum(c for start, c in removed[slot.tensor, slot.dim] if start < slot.start)
-        return Slot(slot.tensor, slot.dim, slot.role, slot.start - before, slot.block)
-
+    moved: dict[Slot, Slot] = {}
+    meeting = sorted(
+        ((slot, site) for site in sites for slot in site.slots),
+        key=lambda entry: (entry[0].tensor, entry[0].dim, entry[0].start),
+    )
+    for _, entries in itertools.groupby(meeting, key=lambda entry: (entry[0].tensor, entry[0].dim)):
+        shift = 0
+        for slot, site in entries:
+            moved[slot] = replace(slot, start=slot.start - shift)
+            shift += slot.block * len(channels.get(site.name, ()))
     return tuple(
-        Site(s.name, s.width - len(channels.get(s.name, ())), tuple(map(moved, s.slots)), s.stream)
-        for s in sites
+        replace(
+            site,
+            width=site.width - len(channels.get(site.name, ())),
+            slots=tuple(moved[slot] for slot in site.slots),
+        )
+        for site in sites
     )
 
 

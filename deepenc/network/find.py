@@ -1,0 +1,176 @@
+"""Find the sites of a network, and prove each before it is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from deepenc.errors import SiteError
+from deepenc.network.axes import Channels, Owner
+from deepenc.network.graph import trace
+from deepenc.network.proof import prove
+from deepenc.network.sites import Role, Site, Slot
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A layer's output width, or a part of it, that no site covers.
+
+    Attributes:
+        layer: Name of the tensor that makes the channels.
+        channels: How many of its channels are not covered.
+        reason: Why.
+    """
+
+    layer: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The sites of a network, and what was left out."""
+
+    sites: tuple[Site, ...]
+    left_out: tuple[LeftOut, ...] = field(default=())
+
+
+def find_sites(model: nn.Module, example: Any, *, streams: bool = False) -> list[Site]:
+    """Find where confusion channels can be inserted into a network.
+
+    Each site is proved: with random confusion channels of zero outgoing weight inserted at all sites, the
+    network's outputs on the example are the original's. (On the meta device, where there are no values, the
+    proof is that the widened network runs and gives outputs of the same shapes.)
+
+    Args:
+        model: Any network, in any mode and on any one device; untouched.
+        example: An input: a tensor, or a tuple (positional) or dict (keywords) of arguments.
+        streams: Include residual streams, whose channels additions tie over many layers. The paper inserts
+            inside blocks only.
+
+    Raises:
+        TraceError: The network does not run on the example.
+        SiteError: It has no site.
+    """
+    sites = list(analyse(model, example, streams=streams).sites)
+    if not sites:
+        raise SiteError(
+            f"{type(model).__name__} has no site: no layer's channels go to other layers alone; "
+            "deepenc inspect --why lists each layer with its reason"
+        )
+    return sites
+
+
+def analyse(model: nn.Module, example: Any, *, streams: bool = False) -> Analysis:
+    """Like `find_sites`, but explains what was left out instead of raising on an empty list."""
+    channels = trace(model, example)
+    candidates, left_out = _candidates(channels)
+    unwanted = () if streams else tuple(site for site in candidates if site.stream)
+    candidates = tuple(site for site in candidates if streams or not site.stream)
+    left_out += [
+        LeftOut(slot.tensor, site.width, "it belongs to a residual stream (pass streams=True)")
+        for site in unwanted
+        for slot in site.slots
+        if slot.role is Role.INCOMING
+    ]
+    proved, refuted = prove(model, example, candidates)
+    left_out += [
+        LeftOut(slot.tensor, site.width, f"a probe insertion failed: {reason}")
+        for site, reason in refuted
+        for slot in site.slots
+        if slot.role is Role.INCOMING
+    ]
+    return Analysis(tuple(proved), tuple(left_out))
+
+
+def _candidates(channels: Channels) -> tuple[tuple[Site, ...], list[LeftOut]]:
+    """Group channels that lie in the same dimensions of the same tensors into sites."""
+    left_out: list[LeftOut] = []
+    open_channels = np.ones(int(channels.channel.max(initial=-1)) + 1, dtype=bool)
+    open_channels[list(channels.reason)] = False
+    # Channels of one site have the same occurrences, and so the same sum of random numbers, one a dimension.
+    marks = np.random.default_rng(0).integers(1 << 63, size=len(channels.owners), dtype=np.uint64)
+    signature = np.zeros(len(open_channels), dtype=np.uint64)
+    for owner, mark in zip(channels.owners, marks, strict=True):
+        np.add.at(signature, channels.of(owner), mark)
+    # A channel of the stream may differ in its signature from others of the same addition.
+    occurrences: dict[int, list[Owner]] = {}
+    for owner in channels.owners:
+        for group in np.unique(signature[channels.of(owner)[open_channels[channels.of(owner)]]]):
+            occurrences.setdefault(int(group), []).append(owner)
+    sites: list[Site] = []
+    names: set[str] = set()
+    for owner in channels.owners:
+        if channels.roles.get((owner.tensor, owner.dim)) is not Role.INCOMING:
+            continue
+        along = channels.of(owner)
+        for reason, count in _reasons(channels, along):
+            left_out.append(LeftOut(owner.tensor, count, reason))
+        free = along[open_channels[along]]
+        _, first = np.unique(signature[free], return_index=True)
+        for group in signature[free][np.sort(first)]:
+            where = occurrences.pop(int(group), None)
+            if where is None:
+                continue  # found at an earlier layer that makes the same channels
+            members = list(dict.fromkeys(int(c) for c in free[signature[free] == group]))
+            site = _site(channels, owner, members, where, names)
+            if isinstance(site, str):
+                left_out.append(LeftOut(owner.tensor, len(members), site))
+            else:
+                names.add(site.name)
+                sites.append(site)
+    return tuple(sites), left_out
+
+
+def _reasons(channels: Channels, along: NDArray[np.int32]) -> Iterator[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for channel in along:
+        if reason := channels.reason.get(int(channel)):
+            counts[reason] = counts.get(reason, 0) + 1
+    yield from counts.items()
+
+
+def _site(
+    channels: Channels, maker: Owner, members: list[int], where: list[Owner], taken: set[str]
+) -> Site | str:
+    """Make a site of channels, or say why they are none."""
+    slots: list[Slot] = []
+    for owner in where:
+        role = channels.roles.get((owner.tensor, owner.dim))
+        if role is None:
+            return f"what dimension {owner.dim} of {owner.tensor} does with it is not known"
+        found = _slots(channels.of(owner), members, owner, role)
+        if found is None:
+            return f"its channels are not in one order in dimension {owner.dim} of {owner.tensor}"
+        slots += found
+    roles = {slot.role for slot in slots}
+    if Role.OUTGOING not in roles:
+        return "no later layer uses it"
+    name = maker.tensor.removesuffix(".weight")
+    first = next(slot for slot in slots if slot.tensor == maker.tensor and slot.dim == maker.dim)
+    if name in taken or (len(members) * first.block < maker.size and first.start):
+        name += f"[{first.start}]"
+    stream = bool(channels.stream.intersection(members))
+    return Site(name, len(members), tuple(slots), stream)
+
+
+def _slots(along: NDArray[np.int32], members: list[int], owner: Owner, role: Role) -> list[Slot] | None:
+    """Where the members lie along a dimension: runs of all of them, in order, each in equal blocks."""
+    order = np.full(int(along.max()) + 1 if len(along) else 0, -1)
+    order[[m for m in members if m < len(order)]] = [i for i, m in enumerate(members) if m < len(order)]
+    index = order[along]
+    entries = np.flatnonzero(index >= 0)
+    sequence = index[entries]
+    block = int(np.argmax(sequence != 0)) or len(sequence)
+    run = len(members) * block
+    if len(sequence) % run or (sequence.reshape(-1, run) != np.repeat(np.arange(len(members)), block)).any():
+        return None
+    starts = entries.reshape(-1, run)
+    if (np.diff(starts, axis=1) != 1).any():
+        return None
+    return [Slot(owner.tensor, owner.dim, role, int(row[0]), block) for row in starts]
