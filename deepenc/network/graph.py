@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepenc.errors import TraceError
 from deepenc.network.axes import Axes, Axis, Channels
+from deepenc.network.rules import apply
 from deepenc.network.surgery import replace_tensors
 
 
@@ -72,8 +73,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from deepenc.network.rules import apply  # rules know the tracer, and it looks them up
-
         result = op(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

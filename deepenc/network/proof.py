@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from deepenc.errors import DeepencError, SiteError, TraceError
+from deepenc.errors import DeepencError, TraceError
 from deepenc.network.graph import call
 from deepenc.network.sites import Role, Site
 from deepenc.network.surgery import Layout, forged_entries, insert, replace_tensors
@@ -31,13 +31,12 @@ def prove(model: nn.Module, example: Any, sites: Sequence[Site]) -> tuple[list[S
     Returns:
         The proved sites, and the others with reasons.
     """
-    # The network in eval mode, around its own tensors.
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    model = replace_tensors(model, own).eval()
+    model = replace_tensors(model, _telling(model)).eval()
     expected = outputs(model, example)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in expected if not tensor.is_meta):
+    if not all(bool(torch.isfinite(x).all() and x.any()) for x in expected if not x.is_meta):
         raise TraceError(
-            "the network's outputs on the example are not finite; nothing can be proved from them"
+            "the network's outputs on the example are not finite, or all zero, and so prove nothing; "
+            "give another example input, or repair the weights"
         )
     counts = {site.name: 1 + index % 3 for index, site in enumerate(sites)}
     refuted: Refuted = []
@@ -60,6 +59,20 @@ def prove(model: nn.Module, example: Any, sites: Sequence[Site]) -> tuple[list[S
         refuted += [(site, "it is right alone, but not together with other sites") for site in proved]
         proved = []
     return proved, refuted
+
+
+def _telling(model: nn.Module) -> dict[str, Tensor]:
+    """The network's own tensors, but random where a parameter is all zero and would hide what leads to it.
+
+    A classifier's head is often initialised to zero; without this, every site would pass the probe.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter
+        if not parameter.is_meta and parameter.is_floating_point() and not parameter.any():
+            tensors[name] = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter)
+    return tensors
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
@@ -125,17 +138,3 @@ def _fill(network: nn.Module, layout: Layout) -> None:
                     if slot.role in {Role.SCALE, Role.VARIANCE}:
                         values = values.abs() + 0.5
                 tensor.index_copy_(slot.dim, entries.to(tensor.device), values.to(tensor))
-
-
-def check(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Check that sites fit a network's tensors.
-
-    Raises:
-        SiteError: A slot names a tensor that the network does not have, or reaches outside it.
-    """
-    state = model.state_dict()
-    layout = Layout(sites, {site.name: (0,) for site in sites})
-    for name in layout.changed():
-        if name not in state:
-            raise SiteError(f"sites name the tensor {name!r}, which {type(model).__name__} does not have")
-        layout.kept(name, state[name].shape)

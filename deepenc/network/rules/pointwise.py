@@ -1,0 +1,87 @@
+"""Operators that keep each entry where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from deepenc.network.axes import Axis
+from deepenc.network.rules.registry import Result, rule
+from deepenc.network.sites import Role
+
+if TYPE_CHECKING:
+    from deepenc.network.graph import Tracer
+
+
+_ADDITIONS = {"add", "sub", "rsub"}
+
+
+def pointwise(tracer: Tracer, name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> Result:
+    """Broadcast all arguments; equal positions are the same channel."""
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    shape = outputs[0].shape
+    result: list[Axis] = [None] * len(shape)
+    for dim in range(-len(shape), 0):
+        meeting: list[tuple[Axis, bool]] = []
+        for tensor in tensors:
+            if -dim > tensor.dim():
+                continue
+            value = tracer.value(tensor)
+            if tensor.shape[dim] != shape[dim]:
+                tracer.axes.fix(value.axes[dim], f"{tracer.where} broadcasts it")
+            else:
+                meeting.append((value.axes[dim], value.state))
+        result[dim] = _meet(tracer, name, meeting) if meeting else None
+    _refuse_own_scale(tracer, name, args, result, shape)
+    return tuple(result)
+
+
+def _meet(tracer: Tracer, name: str, meeting: list[tuple[Axis, bool]]) -> Axis:
+    axis = meeting[0][0]
+    active = [a for a, state in meeting if not state]
+    for other, _ in meeting[1:]:
+        axis = tracer.axes.tie(axis, other, f"in {tracer.where} it meets values of fixed width")
+    if name in _ADDITIONS and len(active) > 1 and any(a is not active[0] for a in active):
+        tracer.axes.mark_stream(axis)
+    for other, state in meeting:
+        if state and active:
+            tracer.axes.role(other, Role.SHIFT if name in _ADDITIONS else Role.SCALE)
+    return axis
+
+
+def _refuse_own_scale(
+    tracer: Tracer, name: str, args: tuple[Any, ...], axes: list[Axis], shape: Sequence[int]
+) -> None:
+    """Fix an axis that is scaled by a power of its own width, as attention scales its heads."""
+    factors = [a for a in args if isinstance(a, float)]
+    if name not in {"mul", "div"} or not factors or not axes or axes[-1] is None:
+        return
+    powers = (shape[-1] ** -0.5, shape[-1] ** -0.25, shape[-1] ** 0.5)
+    if any(math.isclose(factors[0], power, rel_tol=1e-6) for power in powers) and shape[-1] > 1:
+        tracer.axes.fix(axes[-1], f"{tracer.where} scales it by its own width")
+
+
+@rule("clone", "alias", "detach", "_to_copy", "lift_fresh", "native_dropout", "contiguous")
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "flip")
+@rule("_upsample_bilinear2d_aa", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d")
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "reflection_pad2d")
+@rule("replication_pad2d", "mkldnn_max_pool2d", "max_pool2d", "bernoulli", "fill", "zero")
+@rule("hardswish", "hardsigmoid", "mish", "log_sigmoid_forward")
+def _same(tracer: Tracer, outputs: list[Tensor], x: Tensor, *_: Any, **__: Any) -> Result:
+    return tracer.value(x).axes
+
+
+@rule("empty", "zeros", "ones", "full", "arange", "scalar_tensor", "linspace", "eye", "rand", "randn")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided")
+def _fresh(tracer: Tracer, outputs: list[Tensor], *_: Any, **__: Any) -> Result:
+    return (None,) * outputs[0].dim()
+
+
+@rule("copy")
+def _copy(tracer: Tracer, outputs: list[Tensor], x: Tensor, source: Tensor, *_: Any) -> Result:
+    return pointwise(tracer, "copy", (x, source), outputs)
