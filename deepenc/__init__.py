@@ -1,1 +1,69 @@
-"""The arena for confusion neurons: encrypt trained networks, attack them, measure what the thief got."""
+"""The arena for confusion neurons: encrypt trained networks, attack them, measure what the thief got.
+
+    sites = deepenc.find_sites(model, example)
+    encrypted, key = deepenc.encrypt(model, example, "paper-samp")
+    original = deepenc.decrypt(encrypted, key)
+
+Names are imported when they are first used, so that ``import deepenc`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepenc.encryption.checkpoint import Checkpoint, load, save
+    from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
+    from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
+    from deepenc.encryption.key import Key, load_key, save_key
+    from deepenc.encryption.objective import gain, memory, response_change
+    from deepenc.errors import DeepencError
+    from deepenc.network.find import find_sites
+    from deepenc.network.sites import Role, Site, Slot
+
+_HOMES = {
+    "deepenc.encryption.checkpoint": ("Checkpoint", "load", "save"),
+    "deepenc.encryption.defense": ("Defense", "Hardening", "Placement", "Weights"),
+    "deepenc.encryption.encrypt": ("decrypt", "encrypt", "reshelter"),
+    "deepenc.encryption.key": ("Key", "load_key", "save_key"),
+    "deepenc.encryption.objective": ("gain", "memory", "response_change"),
+    "deepenc.errors": ("DeepencError",),
+    "deepenc.network.find": ("find_sites",),
+    "deepenc.network.sites": ("Role", "Site", "Slot"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Checkpoint",
+    "DeepencError",
+    "Defense",
+    "Hardening",
+    "Key",
+    "Placement",
+    "Role",
+    "Site",
+    "Slot",
+    "Weights",
+    "decrypt",
+    "encrypt",
+    "find_sites",
+    "gain",
+    "load",
+    "load_key",
+    "memory",
+    "reshelter",
+    "response_change",
+    "save",
+    "save_key",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deepenc' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -175,7 +175,10 @@ def parse(spec: Any) -> dict[str, Any]:
             key, separator, value = item.partition("=")
             if not separator:
                 raise ConfigError(f"expected name:field=value,... got {spec!r}")
-            fields[key.strip()] = yaml.safe_load(value)
+            try:
+                fields[key.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"cannot read the value {value!r} in {spec!r}; quote it") from error
         return fields
     if isinstance(spec, Mapping):
         if "name" not in spec:

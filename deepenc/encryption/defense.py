@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
+from deepenc.errors import ConfigError
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
-from deepenc.plugins import Plugin, get
+from deepenc.plugins import Plugin, explain, get
 
 Allocation = dict[str, int]
 """Site name -> number of confusion channels, the paper's ΔC (Section 2.2)."""
@@ -154,6 +155,19 @@ class Defense(BaseModel):
             rest = {key: value for key, value in data.items() if key != "base"}
             data = {field: getattr(base, field) for field in cls.model_fields} | rest
         return handler(data)
+
+    @classmethod
+    def of(cls, spec: Defense | str | Mapping[str, Any] | None) -> Self:
+        """The defense that a name or a mapping stands for.
+
+        Raises:
+            PluginError: It names an unknown plugin.
+            ConfigError: It cannot be meant.
+        """
+        try:
+            return cls.model_validate(spec)
+        except ValidationError as error:
+            raise ConfigError(f"defense: {explain(error, list(cls.model_fields))}") from error
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

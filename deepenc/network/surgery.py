@@ -108,6 +108,11 @@ class Layout:
         """Shape of a tensor after insertion."""
         sizes = list(shape)
         for dim, insertion in self._insertions.get(name, {}).items():
+            if dim >= len(sizes):
+                raise SiteError(
+                    f"tensor {name!r} of shape {tuple(shape)} has no dimension {dim} to be widened; are the "
+                    "sites or the key those of another network?"
+                )
             sizes[dim] += len(insertion.forged)
         return tuple(sizes)
 

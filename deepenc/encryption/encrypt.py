@@ -1,0 +1,256 @@
+"""Encrypt a network, decrypt it, and shelter it again after fine-tuning (Section 2.2)."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Weights
+from deepenc.encryption.key import (
+    Key,
+    check_sites,
+    derive_positions,
+    derive_rng,
+    fingerprint,
+    secret_of,
+    verify,
+)
+from deepenc.encryption.tensors import names_in, tensors_of
+from deepenc.errors import ConfigError, PluginError, SiteError
+from deepenc.network.find import find_sites
+from deepenc.network.sites import Site
+from deepenc.network.surgery import Layout, forged_entries, narrow, remove, replace_tensors, widen
+from deepenc.plugins import Plugin
+
+DefenseLike = Defense | str | Mapping[str, Any] | None
+"""A defense, the name of a registered one, or a mapping that describes one; None is the null defense."""
+
+
+def encrypt(
+    model: nn.Module,
+    example: Any,
+    defense: DefenseLike = "paper-samp",
+    *,
+    seed: int | None = None,
+    secret: bytes | None = None,
+    sites: Sequence[Site] | None = None,
+    data: Tensor | None = None,
+) -> tuple[nn.Module, Key]:
+    """Insert confusion channels into a copy of a network.
+
+    Args:
+        model: The victim; left as it is.
+        example: An example input: a tensor, or a tuple or dict of them.
+        defense: The defense, its name, or a mapping.
+        seed: Makes the run repeatable. Whoever guesses the seed has the key: for tests and experiments.
+        secret: 32 secret bytes from which everything is derived; alone it is a whole key. Default: fresh
+            ones from the operating system.
+        sites: The victim's sites, where they are known; default: `find_sites` finds them.
+        data: The defender's inputs D of Equation 1, for defenses that want them.
+
+    Returns:
+        The encrypted network, sharing no tensor with the victim, and its key.
+
+    Raises:
+        ConfigError: Arguments or an allocation that cannot be meant, such as one that inserts nothing.
+        PluginError: A plugin of the defense is unknown or broke its interface.
+        SiteError: The network has no sites, or the given ones do not fit it.
+        TraceError: The network's operators cannot be followed.
+    """
+    chosen = Defense.of(defense)
+    root = secret_of(seed, secret)
+    if sites is None:
+        sites = find_sites(model, example)
+    if chosen.placement is None:
+        return _unprotected(model, sites)
+    if not sites:
+        raise SiteError(
+            "the network has no site at which channels could be inserted; ask `deepenc inspect --why`"
+        )
+    check_sites(sites)
+    original = Original(model, tuple(sites), example, data)
+    allocation = chosen.placement.place(original, derive_rng(root, "placement"))
+    allocation = _checked(chosen.placement, allocation, original.sites)
+    return _shelter(original, derive_positions(root, sites, allocation), chosen, root, "")
+
+
+def decrypt(encrypted: nn.Module, key: Key) -> nn.Module:
+    """Take the confusion channels out of a copy of an encrypted network.
+
+    Args:
+        encrypted: From `encrypt`; left as it is.
+        key: Its key.
+
+    Returns:
+        The victim: every tensor is equal to the original bit for bit.
+
+    Raises:
+        KeyFileError: The key is another network's, or a tensor was changed since it was made.
+    """
+    verify(tensors_of(encrypted), key)
+    return remove(encrypted, key.layout())
+
+
+def reshelter(
+    model: nn.Module,
+    key: Key,
+    defense: DefenseLike = "paper-samp",
+    *,
+    example: Any,
+    seed: int | None = None,
+    secret: bytes | None = None,
+    data: Tensor | None = None,
+) -> tuple[nn.Module, Key]:
+    """Encrypt a decrypted network again after authorised fine-tuning: same positions, new confusion weights.
+
+    The paper does it by "calling the initialisation module one more time" (Section 2.2). **Do not release
+    both networks**: fine-tuned weights have moved a little, redrawn ones altogether, so that whoever holds
+    both releases reads the key off their difference. Encrypt with a new key, and withdraw the old
+    release, where that matters.
+
+    Args:
+        model: The fine-tuned network, of the victim's architecture; left as it is.
+        key: The key of the first encryption.
+        defense: Its weights and hardening are applied; its placement is not asked again.
+        example: An example input.
+        seed: Makes the run repeatable; whoever guesses the seed knows the confusion weights.
+        secret: 32 secret bytes instead of a seed; default: fresh ones.
+        data: The defender's inputs D of Equation 1.
+
+    Returns:
+        The encrypted network and its key, which differs from the first only in the fingerprint.
+
+    Raises:
+        ConfigError: The defense inserts nothing.
+        PluginError: A plugin of the defense is unknown or broke its interface.
+        SiteError: The network is not of the key's architecture.
+    """
+    chosen = Defense.of(defense)
+    if chosen.placement is None:
+        raise ConfigError(f"the defense {chosen.name!r} inserts nothing; reshelter with one that does")
+    original = Original(model, key.sites, example, data)
+    # Bound to the last release: the same seed twice must not draw the same confusion weights twice.
+    return _shelter(original, key.positions, chosen, secret_of(seed, secret), key.fingerprint)
+
+
+def _unprotected(model: nn.Module, sites: Sequence[Site]) -> tuple[nn.Module, Key]:
+    released = copy.deepcopy(model)
+    return released, Key(tuple(sites), {}, fingerprint(tensors_of(released)))
+
+
+def _shelter(
+    original: Original,
+    positions: Mapping[str, tuple[int, ...]],
+    defense: Defense,
+    secret: bytes,
+    release: str,
+) -> tuple[nn.Module, Key]:
+    layout = Layout(original.sites, positions)
+    victim = tensors_of(original.model)
+    if strangers := sorted(set(layout.changed()) - set(victim)):
+        raise SiteError(f"the network lacks the sites' tensors {strangers[:5]}; are they another network's?")
+    widened = {
+        name: widen(
+            victim[name],
+            layout.kept(name, victim[name].shape),
+            layout.widened_shape(name, victim[name].shape),
+        )
+        for name in layout.changed()
+    }
+    assert defense.weights is not None
+    for site in layout.sites:
+        if layout.positions[site.name]:
+            rng = derive_rng(secret, f"weights {release}", site.name)
+            _fill(site, layout, victim, widened, defense.weights, rng)
+    network = replace_tensors(original.model, widened)
+    for number, step in enumerate(defense.hardening):
+        step.harden(network, layout, original, derive_rng(secret, f"hardening {number} {release}"))
+        _check_hardened(step, network, layout, victim)
+    return network, Key(original.sites, dict(positions), fingerprint(tensors_of(network)))
+
+
+def _fill(
+    site: Site,
+    layout: Layout,
+    victim: Mapping[str, Tensor],
+    widened: Mapping[str, Tensor],
+    weights: Weights,
+    rng: np.random.Generator,
+) -> None:
+    """Fill one site's confusion channels, in place in the widened tensors."""
+    positions = layout.positions[site.name]
+    gaps = []
+    for slot in site.slots:
+        shape = list(widened[slot.tensor].shape)
+        shape[slot.dim] = len(positions) * slot.block
+        gaps.append(Gap(slot, victim[slot.tensor], tuple(shape)))
+    values = weights.fill(Neurons(site, len(positions), tuple(gaps)), rng)
+    blame = f"weights {weights.name!r}, site {site.name!r}"
+    if len(values) != len(gaps):
+        raise PluginError(f"{blame}: expected a tensor for each of the {len(gaps)} gaps, got {len(values)}")
+    for gap, value in zip(gaps, values, strict=True):
+        where = f"{blame}, tensor {gap.slot.tensor!r}"
+        if not isinstance(value, Tensor) or value.shape != gap.shape or value.dtype != gap.victim.dtype:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PluginError(
+                f"{where}: expected {gap.victim.dtype} {gap.shape}, got {got}; return values of `gap.shape` "
+                "and of the victim's dtype"
+            )
+        if not torch.isfinite(value).all():
+            raise PluginError(f"{where}: expected finite values, got NaN or infinity")
+        target = widened[gap.slot.tensor]
+        entries = forged_entries(gap.slot, positions) + layout.widened_slot(gap.slot).start
+        target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
+
+
+def _checked(placement: Plugin, allocation: object, sites: Sequence[Site]) -> Allocation:
+    """What a placement returned, as plain integers, if it is an allocation at all."""
+    blame = f"placement {placement.name!r}"
+    if not isinstance(allocation, Mapping):
+        raise PluginError(f"{blame}: expected site names mapped to counts, got {type(allocation).__name__}")
+    known = {site.name for site in sites}
+    counts: Allocation = {}
+    for name, count in allocation.items():
+        if name not in known:
+            raise PluginError(f"{blame}: the network has no site {name!r}; return names of `original.sites`")
+        try:
+            counts[name] = operator.index(count)
+        except TypeError:
+            raise PluginError(f"{blame}, site {name!r}: expected an integer count, got {count!r}") from None
+        if isinstance(count, bool) or count < 0:
+            raise PluginError(f"{blame}, site {name!r}: expected a count >= 0, got {count!r}")
+    if not any(counts.values()):
+        raise ConfigError(
+            f"{blame} inserts nothing: its budget rounds to no channel at any site; ask for more, or use "
+            "the defense 'null' if nothing is meant"
+        )
+    return counts
+
+
+def _check_hardened(step: Plugin, network: nn.Module, layout: Layout, victim: Mapping[str, Tensor]) -> None:
+    """Hold a hardening to its word: it may change confusion entries only."""
+    blame = f"hardening {step.name!r}"
+    now = tensors_of(network)
+    if set(now) != set(victim):
+        raise PluginError(f"{blame} added or took away tensors: {sorted(set(now) ^ set(victim))[:5]}")
+    known = names_in(layout, victim)
+    for name, tensor in victim.items():
+        shape = layout.widened_shape(known[name], tensor.shape)
+        if now[name].shape != shape or now[name].dtype != tensor.dtype:
+            raise PluginError(
+                f"{blame} made tensor {name!r} {now[name].dtype} {tuple(now[name].shape)}, it was "
+                f"{tensor.dtype} {shape}; change values only"
+            )
+        real = narrow(now[name], layout.kept(known[name], tensor.shape))
+        if not torch.equal(real, tensor):
+            raise PluginError(
+                f"{blame} changed real entries of tensor {name!r}; removal would not give the victim back"
+            )
+        if not torch.isfinite(now[name]).all() and torch.isfinite(tensor).all():
+            raise PluginError(f"{blame} made entries of tensor {name!r} NaN or infinite")

@@ -1,0 +1,319 @@
+"""The key: where the confusion channels are, as positions, as integers, and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from math import comb, log2
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+from deepenc.encryption.ranks import rank, unrank
+from deepenc.encryption.sealing import COST, lock, unlock
+from deepenc.errors import ConfigError, KeyFileError, SiteError
+from deepenc.network.sites import Site
+from deepenc.network.surgery import Layout
+
+_MAX_FILE = 2**24  # a key takes a few bytes a site; nobody's key is larger than this
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where the confusion channels of one encrypted network are (Section 2.2).
+
+    Attributes:
+        sites: The victim's sites.
+        positions: Site name -> ascending positions among all channels of the encrypted site; only sites
+            that have confusion channels. Kept out of the repr, so that no log tells it.
+        fingerprint: Of the encrypted tensors; see `fingerprint`.
+
+    Raises:
+        SiteError: Positions that do not fit the sites, or two sites of one name.
+    """
+
+    sites: tuple[Site, ...]
+    positions: Mapping[str, tuple[int, ...]] = field(repr=False)
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        check_sites(self.sites)
+        self.layout()
+
+    @classmethod
+    def from_ranks(
+        cls,
+        sites: Sequence[Site],
+        configuration: Mapping[str, int],
+        ranks: Mapping[str, int],
+        fingerprint: str,
+    ) -> Self:
+        """Make the key from its integers; the inverse of `ranks`.
+
+        Args:
+            sites: The victim's sites.
+            configuration: Confusion channels per site; sites not named have none.
+            ranks: A rank for each site that has confusion channels.
+            fingerprint: Of the encrypted tensors.
+
+        Raises:
+            SiteError: A site that the network does not have, or a channel count below 0.
+            ConfigError: A number that is no rank, or one that is missing.
+        """
+        widths = {site.name: site.width for site in sites}
+        counts = {name: count for name, count in configuration.items() if count}
+        if set(counts) != set(ranks):
+            raise ConfigError(f"expected ranks of the sites {sorted(counts)}, got {sorted(ranks)}")
+        if wrong := sorted(name for name, count in counts.items() if name not in widths or count < 0):
+            raise SiteError(f"the network has no sites {wrong[:5]} to which the key could belong")
+        positions = {name: unrank(ranks[name], widths[name] + count, count) for name, count in counts.items()}
+        return cls(tuple(sites), positions, fingerprint)
+
+    def layout(self) -> Layout:
+        """Where the victim's entries lie in the encrypted tensors."""
+        return Layout(self.sites, self.positions)
+
+    @property
+    def configuration(self) -> dict[str, int]:
+        """Confusion channels of every site, the paper's ΔC; 0 where there are none."""
+        return {site.name: len(self.positions.get(site.name, ())) for site in self.sites}
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """Entropy of every site's positions: ``log2 comb(C + ΔC, ΔC)``."""
+        return {
+            site.name: log2(comb(site.width + count, count))
+            for site, count in zip(self.sites, self.configuration.values(), strict=True)
+        }
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the whole key in bits, given the configuration."""
+        return sum(self.bits.values())
+
+    def ranks(self) -> dict[str, int]:
+        """The key as one integer per site that has confusion channels (see `deepenc.encryption.ranks`)."""
+        widths = {site.name: site.width for site in self.sites}
+        return {name: rank(p, widths[name] + len(p)) for name, p in self.positions.items() if p}
+
+
+def check_sites(sites: Sequence[Site]) -> None:
+    """Raise SiteError where two sites have one name."""
+    names = [site.name for site in sites]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SiteError(f"the names of sites must be unique, got twice: {twice[:5]}")
+
+
+def secret_of(seed: int | None = None, secret: bytes | None = None) -> bytes:
+    """The 32-byte secret that a seed stands for, or a given one, or a fresh one where neither is given.
+
+    Raises:
+        ConfigError: Both are given, or the secret is not 32 bytes.
+    """
+    if secret is not None:
+        if seed is not None:
+            raise ConfigError("expected a seed or a secret, got both; leave one out")
+        if not isinstance(secret, bytes) or len(secret) != 32:
+            raise ConfigError(f"expected a secret of 32 bytes, got {_measure(secret)}; try os.urandom(32)")
+        return secret
+    if seed is None:
+        return os.urandom(32)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise ConfigError(f"expected an integer as seed, got {seed!r}")
+    return hashlib.sha256(f"deepenc seed {int(seed)}".encode()).digest()
+
+
+def _measure(secret: object) -> str:
+    return f"{len(secret)}" if isinstance(secret, bytes) else type(secret).__name__
+
+
+def derive_positions(
+    secret: bytes, sites: Sequence[Site], allocation: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Draw the positions of the confusion channels from a secret, uniformly over all combinations.
+
+    Sites are independent of one another: knowing the positions of some tells nothing of the others.
+
+    Args:
+        secret: 32 bytes.
+        sites: The victim's sites.
+        allocation: Confusion channels per site, ``>= 0``.
+
+    Returns:
+        Ascending positions for each site that gets any.
+    """
+    positions = {}
+    for site in sites:
+        if count := allocation.get(site.name, 0):
+            total = site.width + count
+            number = _below(comb(total, count), _expand(secret, "positions", site.name))
+            positions[site.name] = unrank(number, total, count)
+    return positions
+
+
+def derive_rng(secret: bytes, purpose: str, site: str = "") -> np.random.Generator:
+    """A generator for confusion weights and the like, never for positions.
+
+    It is not a cryptographic one: whoever sees enough of its numbers can tell the rest. They lead
+    neither back to the secret nor to the positions, which are expanded from the secret on their own.
+
+    Args:
+        secret: 32 bytes.
+        purpose: What the numbers are for; other purposes get independent numbers.
+        site: Name of the site they are for, if it is one.
+
+    Raises:
+        ConfigError: The purpose is ``"positions"``.
+    """
+    if purpose == "positions":
+        raise ConfigError("the purpose 'positions' belongs to the key alone; choose another")
+    return np.random.Generator(np.random.PCG64(int.from_bytes(_expand(secret, purpose, site))))
+
+
+def _expand(secret: bytes, purpose: str, site: str) -> bytes:
+    info = json.dumps(["deepenc", 1, purpose, site]).encode()
+    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(secret)
+
+
+def _below(limit: int, stream_key: bytes) -> int:
+    """A uniform integer in ``[0, limit)``, by rejection from a ChaCha20 stream."""
+    bits = (limit - 1).bit_length()
+    size = (bits + 7) // 8
+    stream = Cipher(algorithms.ChaCha20(stream_key, bytes(16)), mode=None).encryptor()
+    while True:
+        number = int.from_bytes(stream.update(bytes(size))) >> (8 * size - bits)
+        if number < limit:
+            return number
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors: names, dtypes, shapes and bytes, sorted by name; 64 hex digits.
+
+    Each tensor is hashed by itself, on several cores, and the digests together once more.
+    """
+    names = sorted(tensors)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(_digest, (tensors[name] for name in names))
+        entries = [
+            [name, str(tensors[name].dtype), list(tensors[name].shape), digest]
+            for name, digest in zip(names, digests, strict=True)
+        ]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def verify(tensors: Mapping[str, Tensor], key: Key) -> None:
+    """Check that a key belongs to these encrypted tensors.
+
+    Raises:
+        KeyFileError: It belongs to others.
+    """
+    found = fingerprint(tensors)
+    if found != key.fingerprint:
+        raise KeyFileError(
+            f"the key is for the encrypted network {key.fingerprint[:12]}, this one is {found[:12]}: it is "
+            "another network or key, or a tensor was changed since; use the key that was made with this "
+            "very network"
+        )
+
+
+def seal(key: Key, passphrase: str, cost: int = COST) -> bytes:
+    """Seal a key with a passphrase; the sites themselves stay with the encrypted network.
+
+    Args:
+        key: The key.
+        passphrase: Not empty.
+        cost: scrypt's n, a power of two in [2**10, 2**18].
+
+    Raises:
+        ConfigError: The passphrase is empty, or the cost out of range.
+    """
+    content = {
+        "ranks": {name: [len(key.positions[name]), f"{number:x}"] for name, number in key.ranks().items()},
+        "sites": _sites_digest(key.sites),
+        "fingerprint": key.fingerprint,
+    }
+    return lock(json.dumps(content).encode(), passphrase, cost)
+
+
+def unseal(data: bytes, passphrase: str, sites: Sequence[Site]) -> Key:
+    """Open a sealed key.
+
+    Args:
+        data: From `seal`.
+        passphrase: The one it was sealed with.
+        sites: The victim's sites, as the encrypted network's checkpoint has them.
+
+    Raises:
+        KeyFileError: Another passphrase, sites of another network, or the data is cut, altered, of another
+            format or from a newer version.
+    """
+    content: dict[str, Any] = json.loads(unlock(data, passphrase))
+    if content["sites"] != _sites_digest(sites):
+        raise KeyFileError(
+            "the key was made for other sites than these; open it with the checkpoint of its own network"
+        )
+    counts = {name: count for name, (count, _) in content["ranks"].items()}
+    ranks = {name: int(number, 16) for name, (_, number) in content["ranks"].items()}
+    return Key.from_ranks(sites, counts, ranks, content["fingerprint"])
+
+
+def _sites_digest(sites: Sequence[Site]) -> str:
+    # Without it, altered sites beside unaltered tensors would turn the right key into a wrong network.
+    return hashlib.sha256(json.dumps([asdict(site) for site in sites], sort_keys=True).encode()).hexdigest()
+
+
+def save_key(key: Key, path: str | Path, passphrase: str, cost: int = COST) -> None:
+    """Seal a key and write it to a file that only its owner can read; all of it or nothing.
+
+    Raises:
+        KeyFileError: The file cannot be written.
+        ConfigError: The passphrase is empty.
+    """
+    path = Path(path)
+    data = seal(key, passphrase, cost)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise KeyFileError(
+            f"cannot write the key to {path}: {error.strerror}; give a path in a writable folder"
+        ) from error
+
+
+def load_key(path: str | Path, passphrase: str, sites: Sequence[Site]) -> Key:
+    """Read a key that `save_key` wrote.
+
+    Raises:
+        KeyFileError: No such file, another passphrase, sites of another network, or the file is cut,
+            altered, of another format or from a newer version.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except OSError as error:
+        raise KeyFileError(
+            f"cannot read a key from {path}: {error.strerror}; give the path of a saved key"
+        ) from error
+    if len(data) > _MAX_FILE:
+        raise KeyFileError(f"{path} is too large for a key; give the path of a key that deepenc saved")
+    return unseal(data, passphrase, sites)

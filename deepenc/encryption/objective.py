@@ -1,0 +1,129 @@
+"""Equation 1: what a configuration does to the outputs, what it costs in memory, and the gain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from deepenc.encryption.tensors import shared
+from deepenc.errors import ConfigError, SiteError
+from deepenc.network.sites import Site
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a network takes, and what its confusion channels add.
+
+    Attributes:
+        bits: Of the victim's parameters and buffers.
+        extra_bits: That the confusion channels add to them.
+    """
+
+    bits: int
+    extra_bits: int
+
+    @property
+    def ratio(self) -> float:
+        """ΔMem / Mem of Equation 1."""
+        return self.extra_bits / self.bits
+
+
+@dataclass(frozen=True)
+class Response:
+    """How far the encrypted network's outputs are from the victim's; not finite where those overflow.
+
+    Attributes:
+        l2: Mean over images of the L2 distance of the outputs, as Equation 1 is printed.
+        squared: Mean over images of the squared distance.
+        relative: ``squared`` divided by the mean squared norm of the victim's outputs.
+    """
+
+    l2: float
+    squared: float
+    relative: float
+
+
+def memory(tensors: Mapping[str, Tensor], sites: Sequence[Site], allocation: Mapping[str, int]) -> Memory:
+    """Memory of a network and of its confusion channels, from shapes alone (meta tensors will do).
+
+    Tensors that two sites widen grow along both dimensions; tied tensors count once.
+
+    Args:
+        tensors: The victim's state dict.
+        sites: The victim's sites.
+        allocation: Confusion channels per site, ``>= 0``; sites not named get none.
+
+    Raises:
+        SiteError: A site's tensor is missing, or too small in dimensions.
+    """
+    grown = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for site in sites:
+        for slot in site.slots:
+            if slot.tensor not in grown or slot.dim >= len(grown[slot.tensor]):
+                raise SiteError(
+                    f"site {site.name!r} needs dimension {slot.dim} of tensor {slot.tensor!r}, which the "
+                    "network does not have; is the site list of another network?"
+                )
+            grown[slot.tensor][slot.dim] += slot.block * allocation.get(site.name, 0)
+    bits = extra = 0
+    for names in shared(tensors):
+        size = 8 * tensors[names[0]].element_size()
+        before = size * tensors[names[0]].numel()
+        bits += before
+        extra += max(size * prod(grown[name]) for name in names) - before
+    return Memory(bits, extra)
+
+
+def response_change(
+    original: nn.Module, encrypted: nn.Module, inputs: Tensor, batch_size: int = 256
+) -> Response:
+    """Response change of Equation 1, on logits (E of ‖f(x; θ) − f(x; θ̄)‖₂).
+
+    Args:
+        original: The victim's network, in eval mode.
+        encrypted: The encrypted network, in eval mode.
+        inputs: The defender's images D, ``(images, ...)``, at least one.
+        batch_size: Images per forward pass.
+
+    Raises:
+        ConfigError: No images, or a network in training mode or without a tensor as output.
+    """
+    if len(inputs) == 0 or batch_size < 1:
+        raise ConfigError(f"expected images in batches, got {len(inputs)} images, {batch_size} a batch")
+    distance = squared = norm = 0.0
+    with torch.no_grad():
+        for batch in torch.split(inputs, batch_size):
+            clean, changed = _logits(original, batch), _logits(encrypted, batch)
+            squares = (changed - clean).square().sum(dim=1)
+            distance += squares.sqrt().sum().item()
+            squared += squares.sum().item()
+            norm += clean.square().sum().item()
+    n = len(inputs)
+    return Response(distance / n, squared / n, squared / norm if norm else float("inf") if squared else 0.0)
+
+
+def _logits(network: nn.Module, batch: Tensor) -> Tensor:
+    if network.training:
+        raise ConfigError("expected a network in eval mode, got one in training mode; call .eval() first")
+    out = network(batch)
+    if not isinstance(out, Tensor) or out.shape[:1] != batch.shape[:1]:
+        raise ConfigError(
+            f"expected a network that maps {len(batch)} images to a tensor (images, ...), got "
+            f"{tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}; wrap it in one that does"
+        )
+    return out.double().flatten(1) if out.ndim > 1 else out.double()[:, None]
+
+
+def gain(response: float, memory: Memory, lam: float) -> float:
+    """Equation 1: ``G = response − λ · ΔMem / Mem``.
+
+    Args:
+        response: `Response.l2`, or another measure of the change.
+        memory: From `memory`.
+        lam: λ, the price of memory, ``>= 0``.
+    """
+    return response - lam * memory.ratio
