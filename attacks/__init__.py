@@ -1,1 +1,1 @@
-"""Built-in attacks, one a file."""
+"""The built-in attacks, one a file."""

@@ -23,7 +23,8 @@ class Case:
     """Everything the attacker is entitled to, and nothing else.
 
     Attributes:
-        encrypted: The encrypted network, in eval mode; the attack may change it (it is a fresh copy).
+        encrypted: The encrypted network, in eval mode; not to be changed, since one attack may hand its case
+            to another: work on `copy`.
         sites: Sites of the encrypted network, confusion channels included in their widths. Anyone who
             traces the network finds the same.
         configuration: Confusion channels per site, or None where the threat model withholds it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -13,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from deepenc.arena.case import Attack
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
+from deepenc.errors import PluginError
 from deepenc.plugins import code_version, get, names, parse
 from deepenc.victims.victim import VictimSource
+
+log = logging.getLogger(__name__)
 
 
 class Entry(BaseModel):
@@ -80,7 +84,7 @@ class Experiment(BaseModel):
     @model_validator(mode="after")
     def _labels_distinct(self) -> Self:
         for what, labels in (
-            ("victims", [v.name for v in self.victims]),
+            ("victims", [v.label for v in self.victims]),
             ("defenses", [d.name for d in self.defenses]),
             ("threats", [t.name for t in self.threats]),
             ("attacks", [e.label for e in self.attacks]),
@@ -163,6 +167,15 @@ class Cell:
         derived = _derive(root, "attack", self.victim.spec(), self.threat.name, self.key, self.repeat)
         return int.from_bytes(derived[:8]) >> 1
 
+    def leak_seed(self, root: bytes) -> int:
+        """Chooses which positions leak to a partly informed attacker, in [0, 2**63).
+
+        It is not the attacker's seed: knowing which of the positions leaked, counted from the first, would
+        tell more than the positions themselves.
+        """
+        derived = _derive(root, "leak", self.victim.spec(), self.threat.name, self.key, self.repeat)
+        return int.from_bytes(derived[:8]) >> 1
+
 
 def _derive(root: bytes, role: str, *parts: Any) -> bytes:
     return hashlib.sha256(root + json.dumps([role, *parts], sort_keys=True).encode()).digest()
@@ -176,25 +189,37 @@ def plan(experiment: Experiment) -> list[Cell]:
 def _cells(experiment: Experiment) -> Iterator[Cell]:
     null = Defense.model_validate("null")
     defenses = {null.name: null} | {d.name: d for d in experiment.defenses}
-    listed = {entry.attack.name for entry in experiment.attacks}
-    references = [
-        Entry.model_validate(name)
-        for name in names("attack")
-        if get("attack", name).reference and name not in listed
-    ]
+    entries = (*_missing_references(experiment), *experiment.attacks)
     wanted = {d.name for d in experiment.defenses}
     for victim in experiment.victims:
         for defense in defenses.values():
-            entries = (*references, *(experiment.attacks if defense.name in wanted else ()))
-            if defense.name == null.name:
-                entries = (
-                    *references,
-                    *(e for e in experiment.attacks if e.attack.reference or null.name in wanted),
-                )
+            fought = [e for e in entries if _meets(e, defense, listed=defense.name in wanted)]
             for key in range(experiment.keys):
                 for threat in experiment.threats:
-                    for entry in entries:
-                        if entry.threats is not None and threat.name not in entry.threats:
-                            continue
-                        for repeat in range(experiment.repeats):
-                            yield Cell(victim, defense, entry, threat, key, repeat)
+                    for entry in fought:
+                        if entry.threats is None or threat.name in entry.threats:
+                            for repeat in range(experiment.repeats):
+                                yield Cell(victim, defense, entry, threat, key, repeat)
+
+
+def _missing_references(experiment: Experiment) -> list[Entry]:
+    listed = {entry.attack.name for entry in experiment.attacks}
+    missing = []
+    for name in sorted(set(names("attack")) - listed):
+        try:
+            if get("attack", name).reference:
+                missing.append(Entry.model_validate(name))
+        except PluginError as error:  # somebody's broken plugin that this experiment does not name
+            log.warning("left out: %s", error)
+    return missing
+
+
+def _meets(entry: Entry, defense: Defense, *, listed: bool) -> bool:
+    """Whether an attack is fought against a defense.
+
+    References meet the null defense even where it is not listed. An attack from scratch uses nothing of the
+    encrypted network, so that it would do the same against every defense: it meets the null defense only.
+    """
+    if not defense.protects:
+        return listed or entry.attack.reference is not None
+    return entry.attack.reference != "scratch"

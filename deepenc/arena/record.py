@@ -15,10 +15,17 @@ class _Part(BaseModel):
 
 
 class Accuracy(_Part):
-    """Judged accuracy, as counts."""
+    """Judged accuracy, as counts.
+
+    Attributes:
+        correct: Images classified right.
+        images: Images judged.
+        unreadable: Images for which the network gave NaN; they count as wrong.
+    """
 
     correct: int = Field(ge=0)
     images: int = Field(gt=0)
+    unreadable: int = Field(0, ge=0)
 
     @property
     def rate(self) -> float:
@@ -30,10 +37,11 @@ class Detection(_Part):
     """How well the claimed scores separate confusion channels from real ones, over all sites.
 
     Attributes:
-        auc: Area under the ROC curve, in [0, 1]; 0.5 is chance. Scores are pooled over sites after
-            turning them into ranks within each site.
-        average_precision: In [0, 1]; chance is the share of confusion channels.
-        tpr: True positive rate at 1 % false positives, in [0, 1].
+        auc: Area under the ROC curve, over the pairs of a confusion and a real channel of one site, in
+            [0, 1]; 0.5 is chance.
+        average_precision: In [0, 1]; chance is about the share of confusion channels. Sites are pooled by
+            rank, in multiples of their ΔC.
+        tpr: True positive rate at 1 % false positives, in [0, 1]; pooled likewise; chance is about 0.01.
         exact_sites: Sites whose ΔC most suspect channels are exactly the confusion channels.
         sites: Sites with confusion channels.
         bits_left: log2 of the keys still to be tried by an attacker who tries them in the order that his

@@ -81,12 +81,14 @@ class Meter:
         samples: Samples processed so far.
         steps: Optimiser steps so far.
         seconds: Wall time of the attack.
+        closed: Whether the attack is over; what its networks do then, before the judge, costs nothing.
     """
 
     threat: Threat
     samples: int = 0
     steps: int = 0
     seconds: float = 0.0
+    closed: bool = False
 
     def charge(self, samples: int = 0, steps: int = 0) -> None:
         """Spend from the budget.
@@ -94,6 +96,8 @@ class Meter:
         Raises:
             OutOfBudget: More is asked for than the threat model allows.
         """
+        if self.closed:
+            return
         for what, used, limit in (
             ("samples", self.samples + samples, self.threat.samples),
             ("steps", self.steps + steps, self.threat.steps),

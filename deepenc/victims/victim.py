@@ -62,6 +62,25 @@ class VictimSource(Plugin):
 
     kind: ClassVar[str] = "victim"
 
+    @property
+    def label(self) -> str:
+        """How tables call the victim: its name, and more where a parameter chooses the network."""
+        return self.name
+
+    @abstractmethod
+    def network(self, cache: Path) -> tuple[nn.Module, Tensor]:
+        """Get the network alone; needs no images where its weights are to be had without.
+
+        Args:
+            cache: As for `load`.
+
+        Returns:
+            The network, in eval mode, on the CPU, and an example input, as a batch of one.
+
+        Raises:
+            VictimError: The weights are missing or unusable; says where they were looked for.
+        """
+
     @abstractmethod
     def load(self, cache: Path) -> Victim:
         """Get the victim.

@@ -1,0 +1,34 @@
+"""Measuring BatchNorm statistics anew: most of the damage of confusion channels is a shift of these."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.threat import Needs
+from deepenc.network.batchnorm import reestimate
+
+
+class Recalibrate(Attack):
+    """Re-estimate all BatchNorm running statistics on unlabelled images; remove nothing.
+
+    A network without BatchNorm is claimed as it is.
+    """
+
+    name: ClassVar[str] = "recalibrate"
+
+    images: int = Field(32, ge=2)
+    """Unlabelled images to use."""
+
+    @property
+    def needs(self) -> Needs:
+        """The images."""
+        return Needs(unlabelled=self.images)
+
+    def attack(self, case: Case) -> Claim:
+        """See `Attack.attack`."""
+        network = case.copy()
+        reestimate(network, case.unlabelled[: self.images])
+        return Claim(network=network)

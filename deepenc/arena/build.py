@@ -1,0 +1,238 @@
+"""Build the case: everything the attacker is entitled to, in tensors that nobody else owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepenc.arena.case import Case
+from deepenc.arena.threat import Meter, Threat
+from deepenc.encryption.defense import Defense
+from deepenc.encryption.encrypt import encrypt
+from deepenc.encryption.key import Key
+from deepenc.encryption.objective import memory
+from deepenc.network.find import find_sites
+from deepenc.network.sites import Role, Site
+from deepenc.network.surgery import replace_tensors
+from deepenc.victims.victim import Images, Victim
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A victim and its sites: what all duels over it share."""
+
+    victim: Victim
+    sites: tuple[Site, ...]
+
+    @classmethod
+    def of(cls, victim: Victim) -> Subject:
+        """Find the sites of a victim.
+
+        Raises:
+            TraceError: Its operators cannot be followed.
+            SiteError: It has no site.
+        """
+        return cls(victim, tuple(find_sites(victim.model, victim.example)))
+
+
+@dataclass(frozen=True, eq=False)
+class Encryption:
+    """A victim under a defense and a key; made once, fought over many times.
+
+    Attributes:
+        subject: The victim and its sites.
+        defense: The defense.
+        tensors: All tensors of the encrypted network, by state-dict name.
+        key: Where the confusion channels are.
+        memory: Measured ΔMem / Mem.
+    """
+
+    subject: Subject
+    defense: Defense
+    tensors: Mapping[str, Tensor]
+    key: Key
+    memory: float
+
+    @classmethod
+    def of(cls, subject: Subject, defense: Defense, secret: bytes) -> Encryption:
+        """Encrypt a victim.
+
+        Args:
+            subject: The victim.
+            defense: The defense.
+            secret: The defender's 32-byte secret; it determines the positions.
+        """
+        victim = subject.victim
+        network, key = encrypt(
+            victim.model,
+            victim.example,
+            defense,
+            secret=secret,
+            sites=subject.sites,
+            data=victim.defender.inputs,
+        )
+        cost = memory(victim.model.state_dict(), subject.sites, key.configuration)
+        return cls(subject, defense, named_tensors(network), key, cost.ratio)
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those not in the state dict too, without gradient history."""
+    tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    tensors.update(network.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def fresh(encryption: Encryption, device: torch.device) -> nn.Module:
+    """A copy of the encrypted network that carries nothing but its tensors' values.
+
+    Its structure is copied from the victim's, so that whatever a defense may have left on its network
+    (attributes, hooks, views into larger storages) stays behind.
+    """
+    tensors = {
+        name: tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in encryption.tensors.items()
+    }
+    network = replace_tensors(encryption.subject.victim.model, tensors)
+    for module in network.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            hooks.clear()
+    return network.eval()
+
+
+def build_case(
+    encryption: Encryption, threat: Threat, seed: int, leak_seed: int, device: torch.device
+) -> Case:
+    """Make the attacker's case.
+
+    Args:
+        encryption: What is attacked.
+        threat: What the attacker knows, holds and may spend; no more images than the victim's attacker
+            part has.
+        seed: The attacker's own seed, which also draws its images, in [0, 2**63).
+        leak_seed: Draws the positions that leak; not to be told to the attacker.
+        device: Where the networks and images shall be.
+    """
+    victim, key = encryption.subject.victim, encryption.key
+    meter = Meter(threat)
+    sites = key.layout().widened_sites()
+    labelled, unlabelled = _draw_images(victim.attacker, threat, seed)
+    widened = {
+        slot.tensor: slot.role for site in sites for slot in site.slots if key.positions.get(site.name)
+    }
+    network = meter.watch(fresh(encryption, device))
+    blank = Blank(victim.model, named_tensors(network), widened, meter) if threat.architecture else None
+    return Case(
+        encrypted=network,
+        sites=sites,
+        configuration=dict(key.configuration) if threat.configuration else None,
+        known=_leak(key.positions, threat.key_fraction, leak_seed),
+        labelled=Images(labelled.inputs.to(device), labelled.labels.to(device)),
+        unlabelled=unlabelled.to(device),
+        classes=victim.classes,
+        example=torch.zeros_like(victim.example, device=device),
+        defense=encryption.defense.spec(),
+        threat=threat,
+        seed=seed,
+        device=device,
+        meter=meter,
+        blank=blank,
+    )
+
+
+def _draw_images(images: Images, threat: Threat, seed: int) -> tuple[Images, Tensor]:
+    """Labelled and unlabelled images, disjoint, the same for the same seed; copies."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
+    first, second = order[: threat.labelled], order[threat.labelled : threat.labelled + threat.unlabelled]
+    return Images(images.inputs[first], images.labels[first]), images.inputs[second]
+
+
+def _leak(positions: Mapping[str, tuple[int, ...]], fraction: float, seed: int) -> dict[str, tuple[int, ...]]:
+    """A fraction of every site's positions, rounded half up."""
+    if fraction == 0:
+        return {}
+    rng = np.random.default_rng(seed)
+    leaked = {}
+    for name, chosen in positions.items():
+        count = math.floor(fraction * len(chosen) + 0.5)
+        leaked[name] = tuple(sorted(int(p) for p in rng.choice(chosen, size=count, replace=False)))
+    return {name: chosen for name, chosen in leaked.items() if chosen}
+
+
+class Blank:
+    """Makes freshly initialised networks of the victim's architecture.
+
+    Layers initialise themselves (``reset_parameters``); parameters that belong to no such layer (class
+    tokens, position embeddings) are drawn from a normal distribution of deviation 0.02, truncated at 2
+    deviations. Buffers that nobody resets are constants of the architecture and are copied, except where
+    they carry confusion channels: their order would tell the key, so that scales become 1, the rest 0.
+
+    Args:
+        model: The victim's network; only its structure is kept.
+        tensors: The encrypted network's tensors, for the constants.
+        widened: Role of every tensor that carries confusion channels.
+        meter: Watches the networks made.
+    """
+
+    def __init__(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], widened: Mapping[str, Role], meter: Meter
+    ) -> None:
+        own = named_tensors(model)
+        self._skeleton = replace_tensors(model, {name: tensor.to("meta") for name, tensor in own.items()})
+        self._device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        self._roles = dict(widened)
+        constants = {
+            name
+            for path, module in model.named_modules()
+            if _reset(module) is None
+            for name, _ in module.named_buffers(path, recurse=False)
+        }
+        self._constants = {name: tensors[name].clone() for name in sorted(constants - set(widened))}
+        self._meter = meter
+
+    def __call__(self, seed: int) -> nn.Module:
+        """A new network, in training mode, metered; the same one for the same seed."""
+        empty = {
+            name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
+            for name, tensor in named_tensors(self._skeleton).items()
+        }
+        network = replace_tensors(self._skeleton, empty)
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(seed)
+            self._initialise(network)
+        return self._meter.watch(network.train())
+
+    def _initialise(self, network: nn.Module) -> None:
+        # Inner layers first: an outer one that resets its inner ones (attention) has the last word.
+        for path, module in reversed(list(network.named_modules())):
+            reset = _reset(module)
+            if reset is not None:
+                reset()
+                continue
+            for parameter in module.parameters(recurse=False):
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+            for name, buffer in module.named_buffers(path, recurse=False):
+                if name in self._constants:
+                    buffer.copy_(self._constants[name])
+                elif self._roles.get(name) in (Role.SCALE, Role.VARIANCE):
+                    buffer.fill_(1)
+
+
+def _reset(module: nn.Module) -> Callable[[], Any] | None:
+    """What initialises a layer, if it can do so itself."""
+    for name in ("reset_parameters", "_reset_parameters"):
+        found: Callable[[], Any] | None = getattr(module, name, None)
+        if callable(found):
+            return found
+    return None

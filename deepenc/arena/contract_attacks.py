@@ -1,0 +1,184 @@
+"""What every attack promises."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.contract import Broken, Check, differing, snapshot, watched
+from deepenc.arena.duel import Task, duel, fight, isolated, measure
+from deepenc.arena.hosts import host_defense
+from deepenc.arena.plan import Cell, Entry
+from deepenc.arena.threat import Threat
+from deepenc.arena.tiny import TinySource, tiny_subject
+from deepenc.encryption.key import Key
+from deepenc.errors import OutOfBudget
+
+CPU = torch.device("cpu")
+SEED = 4242
+LABELLED = UNLABELLED = 64
+
+
+def attack_checks(attack: Attack) -> list[Check]:
+    """The checks for one attack."""
+    bench = Bench(attack)
+    return [
+        Check("makes a claim that can be judged", bench.check_claim),
+        Check("leaves its case, the global generators and the grad mode as they were", bench.check_untouched),
+        Check("claims the same for the same seed", bench.check_deterministic),
+        Check("runs with no more than it says it needs, and is refused with less", bench.check_needs),
+        Check("keeps to a budget of nothing", bench.check_budget),
+        Check("claims the same whatever the key", bench.check_blind),
+    ]
+
+
+class Bench:
+    """One attack and the tiny network it is checked on; what several checks need is made once."""
+
+    case_of_first: Case
+    disturbances: list[str]
+    changed: list[str]
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack = attack
+        needs = attack.needs
+        self.threat = Threat(
+            name="generous",
+            key_fraction=needs.key_fraction,
+            labelled=max(LABELLED, needs.labelled),
+            unlabelled=max(UNLABELLED, needs.unlabelled),
+        )
+
+    @cached_property
+    def encryption(self) -> Encryption:
+        """The tiny network under a defense that any attack may meet."""
+        subject = tiny_subject(max(256, self.threat.labelled + self.threat.unlabelled))
+        return Encryption.of(subject, host_defense(), hashlib.sha256(b"contract").digest())
+
+    def case(self, threat: Threat | None = None, encryption: Encryption | None = None) -> Case:
+        """A new case, the same every time."""
+        return build_case(encryption or self.encryption, threat or self.threat, SEED, SEED + 1, CPU)
+
+    def claim(self, case: Case) -> Claim:
+        """Attack, as the arena does."""
+        with isolated(SEED):
+            return fight(self.attack, case, self.attack.name)
+
+    @cached_property
+    def first(self) -> Claim:
+        """The claim that the checks share: attacks may be slow."""
+        case = self.case()
+        before = snapshot(case.encrypted) | _images(case)
+        training = case.encrypted.training
+        with isolated(SEED), watched() as self.disturbances:
+            claim = fight(self.attack, case, self.attack.name)
+        self.changed = differing(before, snapshot(case.encrypted) | _images(case))
+        if case.encrypted.training != training:
+            self.changed.append("training mode")
+        self.case_of_first = case
+        return claim
+
+    def check_claim(self) -> None:
+        """The claim's form is right: the measurement itself complains where it is not."""
+        claim = self.first
+        measured = measure(claim, self.case_of_first, self.encryption, self.attack.name, 64)
+        unreadable = measured["accuracy"].unreadable if "accuracy" in measured else 0
+        if unreadable:
+            raise Broken(f"the claimed network gives NaN for {unreadable} of 64 images")
+
+    def check_untouched(self) -> None:
+        """Of the first claim."""
+        assert self.first
+        if self.disturbances:
+            raise Broken(f"it {'; '.join(self.disturbances)}")
+        if self.changed:
+            raise Broken(f"it changed {self.changed[:5]} of its case; work on case.copy()")
+
+    def check_deterministic(self) -> None:
+        """Twice the same case, twice the same claim."""
+        if changed := self._differs(self.second) and self._differs(self.claim(self.case())):
+            raise Broken(
+                f"two runs with one seed differ in {changed[:5]}; draw every random number from "
+                "case.generator() or case.seed"
+            )
+
+    @cached_property
+    def second(self) -> Claim:
+        """A claim on the same network, where the arena holds another key for it."""
+        key = self.encryption.key
+        shifted = {name: _shift(p, site_width(key, name)) for name, p in key.positions.items()}
+        wrong = dataclasses.replace(key, positions=shifted)
+        return self.claim(self.case(encryption=dataclasses.replace(self.encryption, key=wrong)))
+
+    def _differs(self, claim: Claim) -> list[str]:
+        return differing(content(self.first), content(claim))
+
+    def check_needs(self) -> None:
+        """Under a threat model that gives exactly what is needed, and under one that gives less."""
+        needs = self.attack.needs
+        exact = Threat(name="exact", **needs.model_dump())
+        self._expect(exact, {"done"})
+        if needs.missing(bare := Threat(name="bare", architecture=False, configuration=False)):
+            self._expect(bare, {"unsupported"})
+
+    def _expect(self, threat: Threat, states: set[str]) -> None:
+        cell = Cell(TinySource(), self.encryption.defense, Entry(attack=self.attack), threat, 0, 0)
+        task = Task(cell, "contract", bytes(32), SEED, SEED + 1, 64, "cpu")
+        record = duel(task, lambda: self.encryption)
+        if record.state not in states:
+            raise Broken(
+                f"given {_given(threat)} it ended {record.state!r}, not {sorted(states)}: "
+                f"{(record.reason or '').strip()[-300:]}; does `needs` say all that it needs?"
+            )
+
+    def check_budget(self) -> None:
+        """A budget of nothing stops it cleanly, or it needs none."""
+        case = self.case(self.threat.model_copy(update={"samples": 0, "steps": 0}))
+        with contextlib.suppress(OutOfBudget):
+            self.claim(case)
+        if case.meter.samples or case.meter.steps:
+            raise Broken(
+                f"it spent {case.meter.samples} samples and {case.meter.steps} steps of a budget of nothing"
+            )
+
+    def check_blind(self) -> None:
+        """The encrypted network stays, the key that the arena holds is another one."""
+        if self.attack.needs.key_fraction:
+            return  # part of the key is what it is given
+        if changed := self._differs(self.second):
+            raise Broken(f"its claim changes with the key ({changed[:5]}): it found a way to see it")
+
+
+def site_width(key: Key, name: str) -> int:
+    """Width of an encrypted site."""
+    widths = {site.name: site.width for site in key.sites}
+    return widths[name] + len(key.positions[name])
+
+
+def _shift(positions: tuple[int, ...], width: int) -> tuple[int, ...]:
+    return tuple(sorted((position + 1) % width for position in positions))
+
+
+def content(claim: Claim) -> dict[str, Tensor]:
+    """All tensors of a claim, by name."""
+    tensors = {f"scores of {name}": scores.detach().clone() for name, scores in (claim.scores or {}).items()}
+    if claim.network is not None:
+        tensors |= {f"network's {name}": tensor for name, tensor in snapshot(claim.network).items()}
+    return tensors
+
+
+def _images(case: Case) -> dict[str, Tensor]:
+    images = {"labelled": case.labelled.inputs, "labels": case.labelled.labels, "unlabelled": case.unlabelled}
+    return {name: tensor.clone() for name, tensor in images.items()}
+
+
+def _given(threat: Threat) -> str:
+    given = {name: value for name, value in threat.model_dump(exclude={"name"}).items() if value}
+    return str(given) if given else "nothing but the network"

@@ -1,0 +1,216 @@
+"""One duel: encrypt, build the case, attack, measure."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deepenc.arena.build import Encryption, build_case, fresh
+from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.metrics import checked_scores, detection, judge, most_suspect
+from deepenc.arena.plan import Cell
+from deepenc.arena.record import Accuracy, Cost, Record
+from deepenc.arena.threat import Meter, Threat
+from deepenc.errors import ClaimError, OutOfBudget
+from deepenc.network.surgery import Layout, narrow_sites, remove
+from deepenc.victims.victim import Images, Victim
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell with all that fighting it needs; plain data, for another process too.
+
+    Attributes:
+        cell: The place in the matrix.
+        identity: Of the cell.
+        secret: The defender's secret; cells that share it share the encryption.
+        seed: The attacker's seed.
+        leak_seed: Draws the positions that leak.
+        judge: Judge's images at most; None is all.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    cell: Cell
+    identity: str
+    secret: bytes
+    seed: int
+    leak_seed: int
+    judge: int | None
+    device: str
+
+    @classmethod
+    def of(cls, cell: Cell, fingerprint: str, root: bytes, judge: int | None, device: str) -> Task:
+        """Derive everything from the run's root; ``fingerprint`` is the victim's."""
+        return cls(
+            cell,
+            cell.identity(fingerprint, root, judge),
+            cell.secret(root),
+            cell.attack_seed(root),
+            cell.leak_seed(root),
+            judge,
+            device,
+        )
+
+    def record(self, **measured: Any) -> Record:
+        """The record of this cell, with what was measured."""
+        cell = self.cell
+        return Record(
+            cell=self.identity,
+            victim=cell.victim.label,
+            defense=cell.defense.name,
+            attack=cell.entry.label,
+            threat=cell.threat.name,
+            key=cell.key,
+            repeat=cell.repeat,
+            reference=cell.entry.attack.reference,
+            protected=cell.defense.protects,
+            **measured,
+        )
+
+
+def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
+    """Fight one duel; whatever the attack does, a record comes back.
+
+    Args:
+        task: Which.
+        encryption: Gives the encrypted network; called only where the attack can be fought.
+    """
+    cell = task.cell
+    attack, threat = cell.entry.attack, cell.threat
+    if missing := attack.needs.missing(threat):
+        reason = f"threat {threat.name!r} does not give what the attack needs: {', '.join(missing)}"
+        return task.record(state="unsupported", reason=reason)
+    meter = Meter(threat)
+    known: dict[str, Any] = {}
+    try:
+        with isolated(_seed_of(task.secret), task.device):
+            encrypted = encryption()
+        with isolated(task.seed, task.device):
+            known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
+            if lacking := _too_few_images(threat, encrypted.subject.victim):
+                return task.record(state="unsupported", reason=lacking, **known)
+            case = build_case(encrypted, threat, task.seed, task.leak_seed, torch.device(task.device))
+            meter = case.meter
+            claim = fight(attack, case, cell.entry.label)
+            measured = measure(claim, case, encrypted, cell.entry.label, task.judge)
+    except OutOfBudget as error:
+        return task.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
+    except Exception:  # whatever an attack raises belongs into its cell, not into the run
+        return task.record(state="failed", reason=traceback.format_exc(), cost=_cost(meter), **known)
+    return task.record(state="done", cost=_cost(meter), **known, **measured)
+
+
+def fight(attack: Attack, case: Case, label: str) -> Claim:
+    """Let an attack loose on a case, metered.
+
+    Raises:
+        ClaimError: It hands back no claim, or an empty one.
+        OutOfBudget: It asked for more than the threat model allows.
+    """
+    with case.meter.running():
+        claim: Any = attack.attack(case)  # whatever it may be
+    case.meter.closed = True
+    if not isinstance(claim, Claim) or (claim.scores is None and claim.network is None):
+        got = "a claim of nothing" if isinstance(claim, Claim) else type(claim).__name__
+        raise ClaimError(f"attack {label!r}: expected a Claim with scores, a network, or both; got {got}")
+    network: Any = claim.network
+    if network is not None and not isinstance(network, nn.Module):
+        got = type(network).__name__
+        raise ClaimError(f"attack {label!r}: expected a torch.nn.Module as network, got {got}")
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def measure(
+    claim: Claim, case: Case, encrypted: Encryption, label: str, images: int | None
+) -> dict[str, Any]:
+    """Measure what a claim is worth: the fields of the record.
+
+    Args:
+        claim: The claim.
+        case: The case it was made for.
+        encrypted: What was attacked; only here is the key looked at.
+        label: The attack's, for messages.
+        images: Judge's images at most; None is all.
+
+    Raises:
+        ClaimError: The claim does not have the form that can be judged.
+    """
+    measured: dict[str, Any] = {}
+    network = claim.network
+    if claim.scores is not None:
+        scores = checked_scores(claim.scores, case.sites, label)
+        measured["detection"] = detection(scores, case.sites, encrypted.key.positions)
+        if network is None and case.configuration is not None:
+            # From a new copy: an attack that changed the network of its case claims only its scores.
+            suspects = most_suspect(scores, case.configuration)
+            layout = Layout(narrow_sites(case.sites, suspects), suspects)
+            network = remove(fresh(encrypted, case.device), layout)
+            measured["removed"] = True
+    if network is not None:
+        victim = encrypted.subject.victim
+        measured["accuracy"] = judged(network, victim, label, images, case.device)
+    return measured
+
+
+def judged(
+    network: nn.Module, victim: Victim, who: str, images: int | None, device: torch.device
+) -> Accuracy:
+    """Accuracy on the judge's images; with fewer than all, always on the same ones."""
+    part = victim.judge
+    if images is not None and images < len(part):
+        chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(part))[:images]))
+        part = Images(part.inputs[chosen], part.labels[chosen])
+    return judge(network, part, victim.classes, who=who, device=device)
+
+
+@contextmanager
+def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Keep all global generators as they were; inside, they start from a given seed.
+
+    Libraries draw from them (dropout, data loaders): so a duel depends on its seed alone, wherever and after
+    whatever it is fought. Gradients are on inside.
+
+    Args:
+        seed: Where the generators start inside: the attacker's seed, or one derived from the secret.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - other people's code uses it
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _too_few_images(threat: Threat, victim: Victim) -> str | None:
+    wanted, held = threat.labelled + threat.unlabelled, len(victim.attacker)
+    if wanted <= held:
+        return None
+    return (
+        f"threat {threat.name!r} gives the attacker {threat.labelled} labelled and {threat.unlabelled} "
+        f"unlabelled images, together {wanted}; the attacker's part of {victim.name!r} has {held}: ask for "
+        "fewer"
+    )
+
+
+def _seed_of(secret: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(b"global generators" + secret).digest()[:8]) >> 1
+
+
+def _cost(meter: Meter) -> Cost:
+    return Cost(samples=meter.samples, steps=meter.steps, seconds=meter.seconds)

@@ -1,0 +1,176 @@
+"""What an attacker really got: accuracy of a network, and quality of suspicion scores."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_curve
+from torch import Tensor, nn
+
+from deepenc.arena.record import Accuracy, Detection
+from deepenc.errors import ClaimError
+from deepenc.network.sites import Site
+from deepenc.victims.victim import Images
+
+log = logging.getLogger(__name__)
+
+Scores = dict[str, np.ndarray]
+"""Site name -> suspicion per channel, float64, ``(width,)``."""
+
+
+def judge(
+    network: nn.Module,
+    images: Images,
+    classes: int,
+    *,
+    who: str,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+) -> Accuracy:
+    """Count the images that a network classifies right, in eval mode and without gradients.
+
+    An image whose outputs hold a NaN has no readable class: it counts as wrong, and `Accuracy.unreadable`
+    says how many there were, so that a network of NaNs is not mistaken for one that merely guesses badly.
+
+    Args:
+        network: Maps ``(batch, ...)`` to ``(batch, classes)``.
+        images: The judge's images, at least one.
+        classes: Number of classes.
+        who: The plugin that claims the network, for messages.
+        device: Where to run.
+        batch: Images at a time.
+
+    Raises:
+        ClaimError: The outputs are not a floating-point tensor of shape ``(batch, classes)``.
+    """
+    network = network.to(device).eval()
+    correct = unreadable = 0
+    with torch.no_grad():
+        for start in range(0, len(images), batch):
+            inputs = images.inputs[start : start + batch].to(device)
+            labels = images.labels[start : start + batch].to(device)
+            outputs = _checked_outputs(network(inputs), (len(inputs), classes), who)
+            nan = outputs.isnan().any(dim=1)
+            correct += int(((outputs.argmax(dim=1) == labels) & ~nan).sum())
+            unreadable += int(nan.sum())
+    if unreadable:
+        log.warning("%s: %d of %d outputs are NaN; they count as wrong", who, unreadable, len(images))
+    return Accuracy(correct=correct, images=len(images), unreadable=unreadable)
+
+
+def _checked_outputs(outputs: object, shape: tuple[int, int], who: str) -> Tensor:
+    got = f"{tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != shape or not outputs.is_floating_point():
+        raise ClaimError(
+            f"attack {who!r}: expected a network with outputs of shape (batch, classes) = {shape}, "
+            f"floating point; got {got}; return a network that classifies as the victim does"
+        )
+    return outputs
+
+
+def checked_scores(scores: Mapping[str, Tensor], sites: Sequence[Site], who: str) -> Scores:
+    """The claimed scores as arrays, once their form is right.
+
+    Args:
+        scores: Site name to suspicion per channel, ``(width,)``.
+        sites: Sites of the encrypted network.
+        who: The plugin that claims them, for messages.
+
+    Raises:
+        ClaimError: An unknown site, a wrong shape, or a value that is not finite.
+    """
+    if not isinstance(scores, Mapping):
+        raise ClaimError(f"attack {who!r}: expected scores by site name, got {type(scores).__name__}")
+    widths = {site.name: site.width for site in sites}
+    if strangers := sorted(set(scores) - set(widths)):
+        raise ClaimError(f"attack {who!r}: scores name sites {strangers}; known: {sorted(widths)}")
+    checked = {}
+    for name, values in scores.items():
+        if not isinstance(values, Tensor) or tuple(values.shape) != (widths[name],):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ClaimError(
+                f"attack {who!r}, site {name!r}: expected a tensor of scores of shape ({widths[name]},), got "
+                f"{got}; give one score per channel"
+            )
+        array = values.detach().to("cpu", torch.float64).numpy()
+        if not np.isfinite(array).all():
+            raise ClaimError(
+                f"attack {who!r}, site {name!r}: expected finite scores, got "
+                f"{int((~np.isfinite(array)).sum())} that are not; clip or drop them before returning"
+            )
+        checked[name] = array
+    return checked
+
+
+def detection(
+    scores: Scores, sites: Sequence[Site], positions: Mapping[str, Sequence[int]]
+) -> Detection | None:
+    """How well scores separate confusion channels from real ones.
+
+    Only sites that have confusion channels count, and attacks need not make their sites comparable: the AUC
+    compares channels of one site only; for the other curves a score becomes its rank from the top of its
+    site, in multiples of the site's ΔC, so that whoever is right at every site is right in the pool. A site
+    that the scores leave out is a constant score.
+
+    Args:
+        scores: From `checked_scores`.
+        sites: Sites of the encrypted network.
+        positions: Confusion positions per site.
+
+    Returns:
+        None where the network has no confusion channel.
+    """
+    ranks, truth = [], []
+    wins, pairs = 0.0, 0
+    exact, left, total = 0, 0.0, 0.0
+    for site in sites:
+        count = len(positions.get(site.name, ()))
+        if not count:
+            continue
+        values = scores.get(site.name, np.zeros(site.width))
+        forged = np.zeros(site.width, dtype=bool)
+        forged[list(positions[site.name])] = True
+        tried = int((values >= values[forged].min()).sum())
+        exact += tried == count
+        left += _log2_comb(tried, count)
+        total += _log2_comb(site.width, count)
+        wins += rankdata(values)[forged].sum() - count * (count + 1) / 2  # Mann and Whitney's U
+        pairs += count * (site.width - count)
+        ranks.append((0.5 - rankdata(-values)) / count)
+        truth.append(forged)
+    if not truth:
+        return None
+    rank, label = np.concatenate(ranks), np.concatenate(truth)
+    false, true, _ = roc_curve(label, rank, drop_intermediate=False)
+    return Detection(
+        auc=float(wins / pairs),
+        average_precision=float(average_precision_score(label, rank)),
+        tpr=float(true[false <= 0.01].max()),
+        exact_sites=exact,
+        sites=len(truth),
+        bits_left=left,
+        bits=total,
+    )
+
+
+def _log2_comb(n: int, k: int) -> float:
+    return math.log2(math.comb(n, k))
+
+
+def most_suspect(scores: Scores, configuration: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The ΔC most suspect channels of every site that was scored, ascending.
+
+    Sites without scores keep all their channels: nothing there is suspected. Among equal scores the first
+    channels are taken, which tells nothing, since positions are drawn at random.
+    """
+    chosen = {}
+    for name, values in scores.items():
+        count = configuration.get(name, 0)
+        order = np.argsort(-values, kind="stable")[:count]
+        chosen[name] = tuple(sorted(int(channel) for channel in order))
+    return chosen

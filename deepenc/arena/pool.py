@@ -1,0 +1,240 @@
+"""Hand cells to workers and store what comes back; only this side writes to the database."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepenc.arena.duel import Task
+from deepenc.arena.store import Store
+from deepenc.arena.worker import Outcome, Workspace, serve
+
+if TYPE_CHECKING:
+    from deepenc.arena.matrix import Progress
+
+ATTEMPTS = 2
+"""Workers that a cell may cost before it counts as failed."""
+
+
+def fight_all(
+    groups: Sequence[list[Task]],
+    store: Store,
+    owner: str,
+    workspace: Workspace,
+    progress: Progress,
+    cache: Path,
+    workers: int,
+    plugin_files: Sequence[Path],
+) -> tuple[int, int]:
+    """Fight all cells of all groups, each group by one worker.
+
+    Args:
+        groups: Cells that share an encryption.
+        store: Takes the records.
+        owner: Name of this run.
+        workspace: Fights here, where one worker will do.
+        progress: Is told what goes on.
+        cache: Folder of the victims.
+        workers: Processes; with 1, this one.
+        plugin_files: Loaded by every worker.
+
+    Returns:
+        Cells fought, and encryptions made.
+    """
+    if workers == 1:
+        return _fight_here(groups, store, owner, workspace, progress)
+    with _Pool(min(workers, len(groups)), cache, plugin_files) as pool:
+        return _Coordinator(groups, store, owner, progress, pool).run()
+
+
+def _fight_here(
+    groups: Sequence[list[Task]], store: Store, owner: str, workspace: Workspace, progress: Progress
+) -> tuple[int, int]:
+    fought = 0
+    for task in (task for group in groups for task in group):
+        if store.claim(task.identity, owner):
+            progress.started(task.cell)
+            record = workspace.fight(task)
+            if store.finish(record, owner):
+                progress.finished(task.cell, record)
+                fought += 1
+    return fought, workspace.encryptions
+
+
+class _Worker:
+    """A worker process, its connection, and what it is doing."""
+
+    def __init__(self, cache: Path, plugin_files: Sequence[Path], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(theirs, cache, list(plugin_files), threads), daemon=True
+        )
+        with _interrupts_ignored():
+            self.process.start()
+        theirs.close()
+        self.queue: list[Task] = []
+        self.task: Task | None = None
+        self.encryptions = 0
+
+    def send(self, task: Task) -> None:
+        """Give it a cell; a worker that is gone is noticed when it is waited for."""
+        self.task = task
+        try:
+            self.connection.send_bytes(pickle.dumps(task))
+        except OSError:
+            return
+
+    def receive(self) -> Outcome | None:
+        """What it sent, or None where it died instead."""
+        try:
+            outcome = self.connection.recv()
+        except (EOFError, OSError):
+            return None
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self.connection.close()
+        self.process.terminate()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class _Pool:
+    """The worker processes; all are gone when it is left."""
+
+    def __init__(self, size: int, cache: Path, plugin_files: Sequence[Path]) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = max(1, min(torch.get_num_threads(), cores // max(1, size)))
+        self._cache, self._files, self._size = cache, plugin_files, size
+        self.workers: list[_Worker] = []
+
+    def __enter__(self) -> _Pool:
+        try:
+            for _ in range(self._size):
+                self.add()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.end()
+
+    def add(self) -> _Worker:
+        """Start one more."""
+        worker = _Worker(self._cache, self._files, self._threads)
+        self.workers.append(worker)
+        return worker
+
+    def replace(self, worker: _Worker) -> _Worker:
+        """Start one for another that died."""
+        worker.end()
+        self.workers.remove(worker)
+        return self.add()
+
+    def wait(self) -> list[_Worker]:
+        """Busy workers that have sent something, or died."""
+        busy: dict[Connection, _Worker] = {w.connection: w for w in self.workers if w.task is not None}
+        return [busy[connection] for connection in wait(list(busy)) if isinstance(connection, Connection)]
+
+
+class _Coordinator:
+    """Deals out groups, one cell at a time, and stores what comes back."""
+
+    def __init__(
+        self, groups: Sequence[list[Task]], store: Store, owner: str, progress: Progress, pool: _Pool
+    ) -> None:
+        self._groups = list(groups)
+        self._store, self._owner, self._progress, self._pool = store, owner, progress, pool
+        self._deaths: dict[str, int] = {}
+        self._fought = self._encryptions = 0
+
+    def run(self) -> tuple[int, int]:
+        """Go on until nothing is left; says how many cells were fought and encryptions made."""
+        for worker in self._pool.workers:
+            self._next(worker)
+        while any(worker.task is not None for worker in self._pool.workers):
+            for worker in self._pool.wait():
+                outcome = worker.receive()
+                if outcome is None:
+                    self._died(worker)
+                else:
+                    self._came_back(worker, outcome)
+        return self._fought, self._encryptions
+
+    def _next(self, worker: _Worker) -> None:
+        worker.task = None
+        while worker.queue or self._groups:
+            if not worker.queue:
+                worker.queue = self._groups.pop(0)
+            task = worker.queue.pop(0)
+            if self._store.claim(task.identity, self._owner):
+                self._progress.started(task.cell)
+                worker.send(task)
+                return
+
+    def _came_back(self, worker: _Worker, outcome: Outcome) -> None:
+        task = worker.task
+        assert task is not None
+        if outcome.record is None:
+            assert outcome.error is not None
+            raise outcome.error
+        self._encryptions += outcome.encryptions - worker.encryptions
+        worker.encryptions = outcome.encryptions
+        if self._store.finish(outcome.record, self._owner):
+            self._progress.finished(task.cell, outcome.record)
+            self._fought += 1
+        self._next(worker)
+
+    def _died(self, worker: _Worker) -> None:
+        """Try a dead worker's cell once more; what kills two workers has failed."""
+        task, queue = worker.task, worker.queue
+        assert task is not None
+        fresh = self._pool.replace(worker)
+        deaths = self._deaths[task.identity] = self._deaths.get(task.identity, 0) + 1
+        fresh.queue = queue
+        if deaths < ATTEMPTS:
+            fresh.send(task)
+            return
+        reason = f"the worker process died {deaths} times ({_death(worker.process.exitcode)})"
+        record = task.record(state="failed", reason=reason)
+        if self._store.finish(record, self._owner):
+            self._progress.finished(task.cell, record)
+            self._fought += 1
+        self._next(fresh)
+
+
+def _death(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return f"{name}; out of memory?" if -exitcode == signal.SIGKILL else name
+    return f"exit code {exitcode}"
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process started here ignores Ctrl-C from its first instant."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,348 @@
+"""Many records in few numbers: each with its count, its interval, and the unit that the interval is over."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import binomtest
+
+from deepenc.arena.record import Record
+
+Group = tuple[str, str, str, str]
+"""Victim, defense, threat, attack: what a line of a table is about."""
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % confidence interval.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+        unit: What was sampled: the judge's ``"images"`` (Wilson), or ``"keys"`` (bootstrap).
+    """
+
+    low: float
+    high: float
+    unit: Literal["images", "keys"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over keys, and its spread. A key's value is the mean over its repeats.
+
+    Attributes:
+        mean: Over keys.
+        least: Of the keys.
+        most: Of the keys; for accuracy and advantage this is the owner's worst key.
+        worst_key: Index of the key with the most.
+        keys: Number of keys.
+        interval: Of the mean; None where there is too little to say.
+    """
+
+    mean: float
+    least: float
+    most: float
+    worst_key: int
+    keys: int
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class DetectionSummary:
+    """Means over keys of what `Detection` measures; ``exact`` is the share of sites found exactly.
+
+    Where less is worse for the owner (``bits_left``), the worst key is the one with the ``least``.
+    """
+
+    auc: Estimate
+    average_precision: Estimate
+    tpr: Estimate
+    exact: Estimate
+    bits_left: Estimate
+    bits: float
+
+
+@dataclass(frozen=True)
+class CostSummary:
+    """Mean cost of a duel."""
+
+    samples: float
+    steps: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """One attack on one defense of one victim under one threat model, over all keys and repeats.
+
+    Attributes:
+        states: How many duels ended how.
+        reason: Why the first duel that is not done did not end so; None where all are.
+        accuracy: Judged accuracy in [0, 1]; None where none was measured.
+        advantage: Gain over training from scratch, 0 to 1 and beyond; None without both references.
+        detection: None where no scores were claimed.
+        cost: None where no duel was fought to its end.
+        memory: Mean measured ΔMem / Mem.
+        key_bits: Mean entropy of the keys.
+        removed: Whether the arena removed the most suspect channels itself.
+    """
+
+    victim: str
+    defense: str
+    threat: str
+    attack: str
+    reference: Literal["floor", "scratch"] | None
+    protected: bool
+    states: Mapping[str, int]
+    reason: str | None
+    accuracy: Estimate | None
+    advantage: Estimate | None
+    detection: DetectionSummary | None
+    cost: CostSummary | None
+    memory: float | None
+    key_bits: float | None
+    removed: bool
+
+    @property
+    def group(self) -> Group:
+        """What the summary is about."""
+        return self.victim, self.defense, self.threat, self.attack
+
+
+@dataclass(frozen=True)
+class WorstSummary:
+    """The strongest attack of every key, then over keys: what an owner must reckon with.
+
+    Attributes:
+        attacks: How many keys fell worst to which attack.
+        missing: Duels that did not end "done": attacks whose success is not known.
+        accuracy: Over keys, of the strongest attack on each.
+        advantage: The same, as advantage.
+    """
+
+    victim: str
+    defense: str
+    threat: str
+    attacks: Mapping[str, int]
+    missing: int
+    accuracy: Estimate
+    advantage: Estimate | None
+
+
+def wilson(correct: int, images: int) -> Interval:
+    """Wilson's interval of a share (Wilson 1927).
+
+    >>> wilson(50, 100).low < 0.5 < wilson(50, 100).high
+    True
+    """
+    bounds = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(float(bounds.low), float(bounds.high), "images")
+
+
+def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
+    """Percentile bootstrap of the mean over keys; each value belongs to one key, whole.
+
+    With three keys it can do no better than span from the least to the most, and covers less than 95 %: take
+    more keys where the width matters.
+
+    Returns:
+        None for fewer than two values.
+    """
+    if len(values) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    means = rng.choice(np.asarray(values), size=(resamples, len(values))).mean(axis=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(low), float(high), "keys")
+
+
+def advantage(attack: float, scratch: float | None, original: float | None) -> float | None:
+    """What an attacker gained: 0 for no more than from scratch, 1 for the original; not clipped.
+
+    Returns:
+        None where a reference is missing, or the original is no better than training from scratch.
+
+    >>> advantage(0.7, 0.5, 0.9)
+    0.5
+    """
+    if scratch is None or original is None or original <= scratch:
+        return None
+    return round((attack - scratch) / (original - scratch), 12)
+
+
+class References:
+    """The two ends of the scale: the stolen original, and training from scratch.
+
+    The original is the floor attack on the null defense, scratch the scratch attack on it, for the same
+    victim, threat, key and repeat; where exactly that pair is missing, the mean of all that there are. Of
+    several reference attacks the best counts.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._found: dict[tuple[str, str, str], dict[tuple[int, int], float]] = defaultdict(dict)
+        for record in records:
+            if record.reference and not record.protected and record.accuracy and record.state == "done":
+                known = self._found[record.reference, record.victim, record.threat]
+                index = (record.key, record.repeat)
+                known[index] = max(record.accuracy.rate, known.get(index, 0.0))
+
+    def rate(self, reference: Literal["floor", "scratch"], record: Record) -> float | None:
+        """Accuracy of a reference to be set beside a record; None where it was not measured."""
+        known = self._found.get((reference, record.victim, record.threat), {})
+        if not known:
+            return None
+        return known.get((record.key, record.repeat), float(np.mean(list(known.values()))))
+
+    def advantage(self, record: Record) -> float | None:
+        """Advantage of a record; None where its accuracy or a reference was not measured."""
+        if record.accuracy is None or record.state != "done":
+            return None
+        return advantage(record.accuracy.rate, self.rate("scratch", record), self.rate("floor", record))
+
+
+def summarise(records: Sequence[Record]) -> list[CellSummary]:
+    """One summary per victim, defense, threat and attack, in the order in which they first appear."""
+    references = References(records)
+    groups: dict[Group, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.victim, record.defense, record.threat, record.attack].append(record)
+    return [_summary(group, members, references) for group, members in groups.items()]
+
+
+def _summary(group: Group, records: list[Record], references: References) -> CellSummary:
+    victim, defense, threat, attack = group
+    first = records[0]
+    return CellSummary(
+        victim=victim,
+        defense=defense,
+        threat=threat,
+        attack=attack,
+        reference=first.reference,
+        protected=first.protected,
+        states=dict(Counter(record.state for record in records)),
+        reason=next((r.reason for r in records if r.state != "done"), None),
+        accuracy=_accuracy([r for r in records if r.state == "done"]),
+        advantage=_estimate(records, references.advantage),
+        detection=_detection([r for r in records if r.state == "done"]),
+        cost=_cost(records),
+        memory=_mean(r.memory for r in records),
+        key_bits=_mean(r.key_bits for r in records),
+        removed=any(r.removed for r in records),
+    )
+
+
+def worst(records: Sequence[Record]) -> list[WorstSummary]:
+    """The strongest attack per key, then summarised, for every protecting defense and threat.
+
+    Attacks that use nothing of the encrypted network (``reference == "scratch"``) do not count.
+    """
+    references = References(records)
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.protected and record.reference != "scratch":
+            groups[record.victim, record.defense, record.threat].append(record)
+    summaries = []
+    for (victim, defense, threat), members in groups.items():
+        strongest = _strongest(members)
+        accuracy = _accuracy(strongest)
+        if accuracy is not None:
+            summaries.append(
+                WorstSummary(
+                    victim=victim,
+                    defense=defense,
+                    threat=threat,
+                    attacks=dict(Counter(r.attack for r in strongest)),
+                    missing=sum(r.state != "done" for r in members),
+                    accuracy=accuracy,
+                    advantage=_estimate(strongest, references.advantage),
+                )
+            )
+    return summaries
+
+
+def _strongest(records: Iterable[Record]) -> list[Record]:
+    best: dict[int, Record] = {}
+    for record in records:
+        if record.state == "done" and record.accuracy is not None:
+            known = best.get(record.key)
+            if known is None or known.accuracy is None or record.accuracy.rate > known.accuracy.rate:
+                best[record.key] = record
+    return list(best.values())
+
+
+def _estimate(records: Iterable[Record], measure: Callable[[Record], float | None]) -> Estimate | None:
+    """Mean over keys of the mean over repeats, with the bootstrap over keys."""
+    by_key: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        value = measure(record)
+        if value is not None:
+            by_key[record.key].append(value)
+    if not by_key:
+        return None
+    means = {key: float(np.mean(values)) for key, values in by_key.items()}
+    return Estimate(
+        mean=float(np.mean(list(means.values()))),
+        least=min(means.values()),
+        most=max(means.values()),
+        worst_key=max(means, key=lambda key: means[key]),
+        keys=len(means),
+        interval=bootstrap(list(means.values())),
+    )
+
+
+def _accuracy(records: Sequence[Record]) -> Estimate | None:
+    """Where all keys agree (or there is one), the judge's images are what was sampled: Wilson's interval."""
+    judged = [(r, r.accuracy) for r in records if r.accuracy is not None]
+    estimate = _estimate([r for r, _ in judged], lambda r: r.accuracy.rate if r.accuracy else None)
+    if estimate is None:
+        return None
+    interval = estimate.interval
+    if estimate.least == estimate.most:
+        images = min(accuracy.images for _, accuracy in judged)
+        interval = wilson(round(estimate.mean * images), images)
+    return Estimate(estimate.mean, estimate.least, estimate.most, estimate.worst_key, estimate.keys, interval)
+
+
+def _detection(records: Sequence[Record]) -> DetectionSummary | None:
+    found = [r for r in records if r.detection is not None]
+
+    def over(measure: Callable[[Any], float]) -> Estimate:
+        estimate = _estimate(found, lambda record: measure(record.detection))
+        assert estimate is not None
+        return estimate
+
+    if not found:
+        return None
+    return DetectionSummary(
+        auc=over(lambda d: d.auc),
+        average_precision=over(lambda d: d.average_precision),
+        tpr=over(lambda d: d.tpr),
+        exact=over(lambda d: d.exact_sites / d.sites),
+        bits_left=over(lambda d: d.bits_left),
+        bits=over(lambda d: d.bits).mean,
+    )
+
+
+def _cost(records: Sequence[Record]) -> CostSummary | None:
+    costs = [r.cost for r in records if r.state == "done" and r.cost is not None]
+    if not costs:
+        return None
+    return CostSummary(
+        samples=float(np.mean([c.samples for c in costs])),
+        steps=float(np.mean([c.steps for c in costs])),
+        seconds=float(np.mean([c.seconds for c in costs])),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

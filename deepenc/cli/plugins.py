@@ -1,0 +1,101 @@
+"""Commands on plugins: list, check."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deepenc.cli.console import out
+from deepenc.errors import PluginError, near
+
+
+class Kinds(StrEnum):
+    """What can be listed."""
+
+    ATTACKS = "attacks"
+    DEFENSES = "defenses"
+    VICTIMS = "victims"
+    PLACEMENTS = "placements"
+    WEIGHTS = "weights"
+    HARDENINGS = "hardenings"
+
+    @property
+    def kind(self) -> str:
+        """The registry's word for it."""
+        return "weights" if self is Kinds.WEIGHTS else self.removesuffix("s")
+
+
+def list_plugins(
+    what: Annotated[Kinds, typer.Argument(help="What to list.")],
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Python file with plugins; may be given several times.")
+    ] = None,
+) -> None:
+    """List the attacks, defenses or victims that are installed, one line each.
+
+    Example: deepenc list attacks
+    """
+    from deepenc.plugins import load_file, names
+
+    for path in plugin or ():
+        load_file(path)
+    found = names(what.kind)
+    if not found:
+        out().print(f"No {what} are installed.")
+    width = max(map(len, found), default=0)
+    for name in found:
+        out().print(f"{name:{width}}  {_line(what.kind, name)}", markup=False, soft_wrap=True)
+
+
+def _line(kind: str, name: str) -> str:
+    """What a plugin says of itself; a broken one must not keep the others from being listed."""
+    from deepenc.plugins import get
+
+    try:
+        found = get(kind, name)
+    except PluginError as error:
+        return f"BROKEN: {error}"
+    return str(found.summary() if callable(found.summary) else found.summary)
+
+
+def check(
+    what: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="A Python file of yours, or a plugin's name.")
+    ],
+) -> None:
+    """Hold plugins to the contract that every attack, placement and the like must keep.
+
+    Example: deepenc check collisions
+    """
+    from deepenc.arena.contract import run_checks
+
+    console = out()
+    failed = 0
+    for plugin in _plugins(what):
+        console.print(f"{plugin.kind} {plugin.name}", style="bold", markup=False)
+        for result in run_checks(plugin):
+            mark, style = ("ok    ", "green") if result.passed else ("FAILED", "bold red")
+            console.print(mark, style=style, end=" ")
+            console.print(f"{result.name}  {result.detail}".rstrip(), markup=False, soft_wrap=True)
+            failed += not result.passed
+    if failed:
+        console.print(f"{failed} checks failed.")
+        raise typer.Exit(1)
+    console.print("All checks passed.")
+
+
+def _plugins(what: str) -> list[Any]:
+    """The plugins of a file, or all registered ones of a name, with default parameters."""
+    from deepenc.plugins import GROUPS, build, get, load_file, names
+
+    if what.endswith(".py") or Path(what).is_file():
+        return [build(cls.kind, cls.name) for cls in load_file(what)]
+    known = {kind: names(kind) for kind in GROUPS if kind != "victim"}
+    kinds = [kind for kind, called in known.items() if what in called]
+    if not kinds:
+        everything = {name for called in known.values() for name in called}
+        raise PluginError(f"no file and no plugin is called {what!r}: {near(what, everything)}")
+    return [get(kind, what) if kind == "defense" else build(kind, what) for kind in kinds]

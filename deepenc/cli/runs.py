@@ -1,0 +1,125 @@
+"""Commands on a run: run, report."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from deepenc.cli.console import WIDTH, out
+from deepenc.errors import StoreError
+
+if TYPE_CHECKING:
+    from deepenc.arena.record import Record
+
+CSV, TABLES = "records.csv", "report.txt"
+
+
+class Device(StrEnum):
+    """Where networks are evaluated and attacks run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run. Default: runs/ and the config's name.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that fight duels.")] = 1,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Python file with plugins; may be given several times.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Fight failed cells again.")] = False,
+    device: Annotated[Device | None, typer.Option(help="Instead of the config's device.")] = None,
+) -> None:
+    """Let every attack loose on every defense of a config, and show what each really got.
+
+    A run that was stopped goes on where it was when the same command is given again.
+
+    Example: deepenc run configs/quickstart.yaml --workers 2
+    """
+    from deepenc.arena import matrix
+    from deepenc.cli.progress import watch
+    from deepenc.config import cache_folder, load
+    from deepenc.plugins import load_file
+
+    for path in plugin or ():
+        load_file(path)
+    experiment = load(config)
+    if device is not None:
+        experiment = experiment.model_copy(update={"device": device.value})
+    folder = folder or Path("runs") / experiment.name
+    console = out()
+    try:
+        with watch(console) as progress:
+            summary = matrix.run(
+                experiment,
+                folder,
+                cache=cache_folder(),
+                workers=workers,
+                plugin_files=plugin or (),
+                progress=progress,
+                retry_failed=retry_failed,
+            )
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Finished cells are kept in {folder}; give the same command to go on.")
+        raise typer.Exit(130) from None
+    records = _records(folder)
+    _show(records, console)
+    _write(records, folder)
+    if failed := summary.states.get("failed", 0):
+        console.print(f"{failed} cells failed; the reasons are above. Try them again with --retry-failed.")
+    console.print(
+        f"{summary.fought} of {sum(summary.states.values())} cells fought now, in {summary.seconds:.0f} s.\n"
+        f"report   {folder / TABLES}\nrecords  {folder / CSV}",
+        markup=False,
+    )
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    csv: Annotated[Path | None, typer.Option(help="Write all records to this CSV file as well.")] = None,
+) -> None:
+    """Show the tables of a run, finished or not.
+
+    Example: deepenc report runs/quickstart --csv quickstart.csv
+    """
+    from deepenc.report.export import write_csv
+
+    records = _records(folder)
+    console = out()
+    _show(records, console)
+    if csv is not None:
+        console.print(f"{write_csv(records, csv)} records written to {csv}", markup=False)
+
+
+def _records(folder: Path) -> list[Record]:
+    from deepenc.arena.matrix import DATABASE
+    from deepenc.arena.store import Store
+
+    with Store(folder / DATABASE, create=False) as store:
+        return store.records()
+
+
+def _show(records: list[Record], console: Console) -> None:
+    from deepenc.report.tables import report as tables
+
+    console.print(tables(records))
+
+
+def _write(records: list[Record], folder: Path) -> None:
+    """Leave the tables and the records in the run's folder, for people without deepenc."""
+    from deepenc.report.export import write_csv
+
+    write_csv(records, folder / CSV)
+    try:
+        with (folder / TABLES).open("w", encoding="utf-8") as file:
+            _show(records, Console(file=file, width=WIDTH, highlight=False))
+    except OSError as error:
+        raise StoreError(f"cannot write {folder / TABLES}: {error.strerror}") from error

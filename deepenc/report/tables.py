@@ -1,0 +1,188 @@
+"""Terminal tables of a run: who got how far against what, and what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from deepenc.arena.record import Record
+from deepenc.arena.stats import CellSummary, Estimate, WorstSummary, summarise, worst
+
+ABSENT = "—"
+"""Stands where nothing was measured; never 0."""
+
+LEGEND = (
+    "Mean over keys [95 % interval: bootstrap over keys; over the judge's images (Wilson) where all keys "
+    "agree]; `top` is the key on which the attack did best, the owner's worst. "
+    "Advantage: 0 is no more than training from scratch, 1 the stolen original. "
+    "AUC, TPR at 1 % false positives, share of sites found exactly, and bits of the key left to try: "
+    "how well confusion channels were detected (chance: AUC 0.5, TPR 0.01). "
+    "Images, steps, s: mean cost of a duel. "
+    f"{ABSENT} was not measured: the state says why."
+)
+
+
+def report(records: Sequence[Record]) -> RenderableType:
+    """All tables of a run: the strongest attack per defense, then every cell, then the legend."""
+    if not records:
+        return Text("No duel has been fought yet.")
+    summaries = summarise(records)
+    parts: list[RenderableType] = []
+    for (victim, threat), members in _by(summaries):
+        parts += [cells(victim, threat, members), *_reasons(members)]
+    strongest = worst(records)
+    for victim in dict.fromkeys(line.victim for line in strongest):
+        parts.append(overview(victim, [w for w in strongest if w.victim == victim], summaries))
+    return Group(*parts, Text(LEGEND, style="dim"))
+
+
+def overview(victim: str, strongest: Sequence[WorstSummary], summaries: Sequence[CellSummary]) -> Table:
+    """One line per threat and defense of a victim: its price, and its strongest attack.
+
+    Args:
+        victim: For the title.
+        strongest: From `worst`, of that victim.
+        summaries: From `summarise`, for memory and key bits.
+    """
+    price = {(s.victim, s.defense): (s.memory, s.key_bits) for s in summaries if s.memory is not None}
+    table = _table(f"{victim}: every defense against the strongest attack on each key")
+    for name in ("threat", "defense"):
+        table.add_column(name, no_wrap=True)
+    for name in ("memory", "key bits", "accuracy %", "top", "advantage", "top"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("strongest attack (keys)")
+    table.add_column("not done", justify="right")
+    for line in strongest:
+        memory, bits = price.get((line.victim, line.defense), (None, None))
+        attacks = sorted(line.attacks.items(), key=lambda item: -item[1])
+        table.add_row(
+            escape(line.threat),
+            escape(line.defense),
+            ABSENT if memory is None else f"+{100 * memory:.1f} %",
+            ABSENT if bits is None else f"{bits:.0f}",
+            *_percent(line.accuracy),
+            *_unit(line.advantage),
+            escape(", ".join(f"{name} ({keys})" for name, keys in attacks)),
+            str(line.missing) if line.missing else "",
+        )
+    return table
+
+
+def cells(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
+    """Every attack on every defense of one victim under one threat model.
+
+    Args:
+        victim: For the title.
+        threat: For the title.
+        summaries: Of that victim and threat.
+    """
+    table = _table(f"{victim} against {threat}")
+    table.add_column("attack", no_wrap=True)
+    for name in ("accuracy %", "top", "advantage", "AUC", "TPR", "exact", "bits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("images", "steps", "s"):
+        table.add_column(name, justify="right", style="dim")
+    table.add_column("state", min_width=len("3 unsupported"))
+    for defense, lines in groupby(summaries, key=lambda s: s.defense):
+        table.add_section()
+        table.add_row(escape(defense), style="bold")
+        for line in lines:
+            table.add_row(*_cell(line), style="dim" if line.reference else "")
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.title_justify = "left"
+    return table
+
+
+def _cell(line: CellSummary) -> list[str]:
+    found, cost = line.detection, line.cost
+    detection = (
+        (
+            f"{found.auc.mean:.2f}",
+            f"{found.tpr.mean:.2f}",
+            f"{found.exact.mean:.0%}",
+            f"{found.bits_left.mean:.0f}",
+        )
+        if found
+        else (ABSENT,) * 4
+    )
+    spent = (_count(cost.samples), _count(cost.steps), f"{cost.seconds:.1f}") if cost else (ABSENT,) * 3
+    accuracy, top = _percent(line.accuracy)
+    return [
+        f" {escape(_name(line))}",
+        accuracy,
+        top,
+        _unit(line.advantage)[0],
+        *detection,
+        *spent,
+        _state(line),
+    ]
+
+
+def _name(line: CellSummary) -> str:
+    if line.reference == "floor":
+        return f"{line.attack} (as is)" if line.protected else f"{line.attack} (original)"
+    return line.attack
+
+
+def _state(line: CellSummary) -> str:
+    return ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(line.states.items()))
+
+
+def _percent(value: Estimate | None) -> tuple[str, str]:
+    return _estimate(value, 100, 1)
+
+
+def _unit(value: Estimate | None) -> tuple[str, str]:
+    return _estimate(value, 1, 2)
+
+
+def _estimate(value: Estimate | None, factor: int, digits: int) -> tuple[str, str]:
+    """The mean with its interval, and the worst key's value."""
+    if value is None:
+        return ABSENT, ABSENT
+
+    def text(number: float) -> str:
+        return f"{factor * number:.{digits}f}"
+
+    interval = value.interval
+    spread = rf" \[{text(interval.low)} {text(interval.high)}]" if interval else ""
+    return text(value.mean) + spread, text(value.most)
+
+
+def _count(number: float) -> str:
+    """A count in at most five characters.
+
+    >>> _count(0), _count(950), _count(12_800), _count(3_000_000)
+    ('0', '950', '12.8k', '3M')
+    """
+    for limit, suffix in ((1_000_000, "M"), (1000, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.0f}"
+
+
+def _reasons(summaries: Iterable[CellSummary]) -> list[RenderableType]:
+    """Why duels did not end "done", each reason once; of a traceback the last line."""
+    found: dict[str, str] = {}
+    for line in summaries:
+        if line.reason:
+            last = line.reason.strip().splitlines()[-1] if line.reason.strip() else "no reason was kept"
+            found.setdefault(f"{line.attack}: {last}", line.defense)
+    return [Text(f"  {text}", style="yellow") for text in found]
+
+
+def _by(summaries: Sequence[CellSummary]) -> list[tuple[tuple[str, str], list[CellSummary]]]:
+    groups: dict[tuple[str, str], list[CellSummary]] = {}
+    for line in summaries:
+        groups.setdefault((line.victim, line.threat), []).append(line)
+    return list(groups.items())

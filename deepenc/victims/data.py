@@ -1,0 +1,90 @@
+"""Splitting images into parts that never overlap, and telling weights and data apart by hash."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from deepenc.errors import VictimError
+from deepenc.victims.victim import Images
+
+Index = NDArray[np.int64]
+
+
+def digests(images: NDArray[np.generic]) -> list[bytes]:
+    """SHA-256 of every image's pixels; ``images`` is ``(images, ...)``."""
+    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
+
+
+def split(ids: Sequence[bytes], sizes: Sequence[int]) -> list[Index]:
+    """Share images out by their content.
+
+    The order is that of the hashes, hence as good as random, yet the same on every machine and whatever
+    the order of the files. Equal images stay together, so no part holds an image of another part.
+
+    Args:
+        ids: A hash per image; equal images have equal hashes.
+        sizes: Images per part; a part is smaller where equal images did not fit.
+
+    Returns:
+        For each part, the indices of its images.
+
+    Raises:
+        VictimError: There are fewer images than asked for.
+
+    >>> [part.tolist() for part in split([b"c", b"a", b"b", b"a"], [1, 2])]
+    [[], [1, 3]]
+    """
+    if sum(sizes) > len(ids):
+        raise VictimError(
+            f"expected at least {sum(sizes)} images to split into {list(sizes)}, got {len(ids)}; add images"
+        )
+    order = sorted(range(len(ids)), key=lambda i: ids[i])
+    starts = [0] + [at for at in range(1, len(order)) if ids[order[at]] != ids[order[at - 1]]]
+    cuts = np.array([*starts, len(order)])
+    bounds = [0]
+    for size in sizes:
+        bounds.append(int(cuts[np.searchsorted(cuts, bounds[-1] + size, side="right") - 1]))
+    return [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
+
+
+def take(images: Images, index: Index) -> Images:
+    """Some of the images, as a copy of their own."""
+    chosen = torch.from_numpy(index)
+    return Images(images.inputs[chosen], images.labels[chosen])
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of tensors with their names, types and shapes, in any order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(_bytes(tensor))
+    return total.hexdigest()
+
+
+def fingerprint(model: nn.Module, *parts: Images) -> str:
+    """SHA-256 (hex) of a network's weights and of images with their labels."""
+    held = {f"part {i} {what}": t for i, p in enumerate(parts) for what, t in vars(p).items()}
+    return checksum(dict(model.state_dict()) | held)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def accuracy(model: nn.Module, images: Images, batch: int = 100) -> tuple[int, int]:
+    """Correctly classified images, and all images."""
+    correct = 0
+    with torch.inference_mode():
+        for start in range(0, len(images), batch):
+            found = model(images.inputs[start : start + batch]).argmax(1)
+            correct += int((found == images.labels[start : start + batch]).sum())
+    return correct, len(images)

@@ -1,0 +1,357 @@
+"""The contract: built-in plugins keep it, and each way of breaking it is caught."""
+
+import itertools
+import random
+from typing import ClassVar
+
+import pytest
+import torch
+from pydantic import ConfigDict
+
+from deepenc.arena import contract_attacks
+from deepenc.arena.case import Attack, Claim
+from deepenc.arena.contract import Result, checks_for, run_checks
+from deepenc.arena.hosts import Noise, TwoEach
+from deepenc.arena.threat import Needs
+from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
+from deepenc.errors import PluginError
+from deepenc.plugins import build, names
+
+SLOW = {"finetune": {"epochs": 1}, "scratch": {"steps": 3}}
+KINDS = ("attack", "placement", "weights", "hardening")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in KINDS for name in names(kind)], ids=lambda v: str(v)
+)
+def test_built_in_plugins_keep_the_contract(kind, name):
+    plugin = build(kind, {"name": name} | SLOW.get(name, {}))
+    assert [r for r in run_checks(plugin) if not r.passed] == []
+
+
+@pytest.mark.parametrize("name", names("defense"))
+def test_nothing_pries_a_built_in_defense_open(name):
+    assert [r for r in run_checks(Defense.model_validate(name)) if not r.passed] == []
+
+
+def scores(case, value=0.0):
+    return Claim(scores={site.name: torch.full((site.width,), float(value)) for site in case.sites})
+
+
+class Good(Attack):
+    """Suspect nobody."""
+
+    name: ClassVar[str] = "good"
+
+    def attack(self, case):
+        return scores(case)
+
+
+class Silent(Attack):
+    name: ClassVar[str] = "silent"
+
+    def attack(self, case):
+        return scores(case)
+
+
+class Nameless(Attack):
+    """No name."""
+
+    name: ClassVar[str] = ""
+
+    def attack(self, case):
+        return scores(case)
+
+
+class Thawed(Good):
+    """Not frozen."""
+
+    model_config = ConfigDict(frozen=False)
+
+
+class Odd(Good):
+    """Describes itself wrongly."""
+
+    thing: int = 0
+
+    def spec(self):
+        return super().spec() | {"thing": 1}
+
+
+class NotFinite(Good):
+    """Infinite scores."""
+
+    def attack(self, case):
+        return scores(case, float("inf"))
+
+
+class WrongShape(Good):
+    """Scores of one channel too many."""
+
+    def attack(self, case):
+        return Claim(scores={site.name: torch.zeros(site.width + 1) for site in case.sites})
+
+
+class NaNs(Good):
+    """A network of NaNs."""
+
+    def attack(self, case):
+        network = case.copy()
+        for parameter in network.parameters():
+            parameter.data.fill_(float("nan"))
+        return Claim(network=network)
+
+
+class Vandal(Good):
+    """Changes the case's network."""
+
+    def attack(self, case):
+        case.encrypted.fc.weight.data.add_(1)
+        return scores(case)
+
+
+class Trainer(Good):
+    """Leaves the case's network in training mode."""
+
+    def attack(self, case):
+        case.encrypted.train()
+        return scores(case)
+
+
+class Painter(Good):
+    """Changes the images."""
+
+    def attack(self, case):
+        case.labelled.inputs.mul_(2)
+        return scores(case)
+
+
+class Gambler(Good):
+    """Draws from the global generators."""
+
+    def attack(self, case):
+        return scores(case, float(torch.rand(())) + random.random())
+
+
+class GradOff(Good):
+    """Leaves gradients off."""
+
+    def attack(self, case):
+        torch.set_grad_enabled(False)
+        return scores(case)
+
+
+_COUNTER = itertools.count()
+
+
+class Moody(Good):
+    """Another claim at every call."""
+
+    def attack(self, case):
+        return scores(case, next(_COUNTER))
+
+
+class Undeclared(Good):
+    """Needs labels and does not say so."""
+
+    def attack(self, case):
+        return scores(case, float(case.labelled.labels[0]))
+
+
+class Clumsy(Good):
+    """Crashes when its budget is spent."""
+
+    def attack(self, case):
+        try:
+            case.encrypted(case.example)
+        except Exception:
+            raise RuntimeError("no more budget") from None
+        return scores(case)
+
+
+class Wasteful(Good):
+    """Takes the meter off."""
+
+    def attack(self, case):
+        case.meter.samples += 5
+        return scores(case)
+
+
+class Telepath(Good):
+    """Reads what a leaking arena wrote into the case."""
+
+    def attack(self, case):
+        return scores(case, sum(sum(positions) for positions in case.encrypted.hint.values()))
+
+
+class Needy(Good):
+    """Says what it needs, and is given it."""
+
+    @property
+    def needs(self):
+        return Needs(labelled=300, key_fraction=0.5)
+
+    def attack(self, case):
+        assert len(case.labelled) >= 300
+        assert case.known
+        return scores(case)
+
+
+def failed(plugin):
+    return {result.name: result.detail for result in run_checks(plugin) if not result.passed}
+
+
+@pytest.mark.parametrize("attack", [Good(), Needy(), Good], ids=["plain", "needy", "class"])
+def test_a_good_attack_passes(attack):
+    assert failed(attack) == {}
+
+
+@pytest.mark.parametrize(
+    ("attack", "check", "told"),
+    [
+        (Silent(), "docstring", "no docstring"),
+        (Nameless(), "has a name", "name"),
+        (Thawed(), "frozen", "frozen"),
+        (Odd(), "description", "expected"),
+        (NotFinite(), "can be judged", "finite"),
+        (WrongShape(), "can be judged", "shape"),
+        (NaNs(), "can be judged", "NaN for 64"),
+        (Vandal(), "leaves its case", "fc.weight"),
+        (Trainer(), "leaves its case", "training mode"),
+        (Painter(), "leaves its case", "labelled"),
+        (Gambler(), "leaves its case", "torch, random"),
+        (GradOff(), "leaves its case", "grad mode"),
+        (Moody(), "same seed", "differ"),
+        (Undeclared(), "says it needs", "needs"),
+        (Clumsy(), "budget of nothing", "RuntimeError"),
+        (Wasteful(), "budget of nothing", "5 samples"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Attack) else None,
+)
+def test_broken_attacks_are_caught(attack, check, told):
+    found = failed(attack)
+    assert any(check in name and told in detail for name, detail in found.items()), found
+
+
+def test_a_claim_that_changes_with_the_key_is_caught(monkeypatch):
+    build_case = contract_attacks.build_case
+
+    def leaking(encryption, *rest):
+        case = build_case(encryption, *rest)
+        case.encrypted.hint = encryption.key.positions
+        return case
+
+    monkeypatch.setattr(contract_attacks, "build_case", leaking)
+    assert "see it" in failed(Telepath())["claims the same whatever the key"]
+    assert "claims the same whatever the key" not in failed(Good())
+
+
+class Negative(Placement):
+    """Fewer than none."""
+
+    name: ClassVar[str] = "negative"
+
+    def place(self, original, rng):
+        return {site.name: -1 for site in original.sites}
+
+
+class Stranger(TwoEach):
+    """Names a site of another network."""
+
+    def place(self, original, rng):
+        return {"elsewhere": 3}
+
+
+class Restless(TwoEach):
+    """Ignores its generator."""
+
+    def place(self, original, rng):
+        return {site.name: 1 + next(_COUNTER) % 5 for site in original.sites}
+
+
+class Meddler(TwoEach):
+    """Changes the victim."""
+
+    def place(self, original, rng):
+        original.model.fc.bias.data.add_(1)
+        return super().place(original, rng)
+
+
+class Cropped(Noise):
+    """Values of a wrong shape."""
+
+    def fill(self, neurons, rng):
+        return [value[:1] for value in super().fill(neurons, rng)]
+
+
+class Infinite(Noise):
+    """Infinite values."""
+
+    def fill(self, neurons, rng):
+        return [value / 0 for value in super().fill(neurons, rng)]
+
+
+class Global(Noise):
+    """Draws from torch's global generator."""
+
+    def fill(self, neurons, rng):
+        return [torch.randn_like(value) for value in super().fill(neurons, rng)]
+
+
+class Forgetful(Hardening):
+    """Changes a real weight."""
+
+    name: ClassVar[str] = "forgetful"
+
+    def harden(self, network, layout, original, rng):
+        with torch.no_grad():
+            network.fc.bias.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "told"),
+    [
+        (Negative(), ">= 0"),
+        (Stranger(), "elsewhere"),
+        (Restless(), "differ"),
+        (Meddler(), "fc.bias"),
+        (Cropped(), "shape"),
+        (Infinite(), "finite"),
+        (Global(), "global generators of torch"),
+        (Forgetful(), "changed real entries"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else None,
+)
+def test_broken_parts_of_defenses_are_caught(plugin, told):
+    found = failed(plugin)
+    assert any(told in detail for detail in found.values()), found
+    assert failed(TwoEach()) == {}  # and a broken one does not spoil the checks of others
+
+
+def test_good_parts_of_defenses_pass():
+    class Idle(Hardening):
+        """Does nothing."""
+
+        name: ClassVar[str] = "idle"
+
+        def harden(self, network, layout, original, rng):
+            network.left_behind = layout.positions
+
+    assert failed(Noise()) == {}
+    assert failed(Idle()) == {}
+
+
+def test_there_are_no_checks_for_other_things():
+    class Unfinished(Weights):
+        """Abstract."""
+
+        name: ClassVar[str] = "unfinished"
+
+    with pytest.raises(PluginError, match="expected an attack"):
+        checks_for(3)
+    with pytest.raises(PluginError, match="fill"):
+        checks_for(Unfinished)
+
+
+def test_results_are_told_in_words():
+    assert all(isinstance(r, Result) and r.name for r in run_checks(Good()))

@@ -1,0 +1,324 @@
+"""Runs that are interrupted in every way, resumed, and told apart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deepenc.arena import pool
+from deepenc.arena.duel import Task
+from deepenc.arena.hosts import host_defense
+from deepenc.arena.matrix import DATABASE, Silent, run
+from deepenc.arena.plan import Experiment, plan
+from deepenc.arena.store import Store
+from deepenc.arena.tiny import TinySource
+from deepenc.errors import ConfigError
+from deepenc.plugins import load_file
+
+PLUGIN = '''
+import os, signal, time
+from typing import ClassVar
+import torch
+from deepenc.arena.case import Attack, Claim
+
+LOG = os.environ.get("COUNTING_LOG", os.devnull)
+
+
+def note(what, case):
+    with open(LOG, "a") as file:
+        file.write(f"{what} {case.defense['name']} {case.seed}\\n")
+
+
+class Counting(Attack):
+    """Writes down every duel it fights."""
+
+    name: ClassVar[str] = "counting"
+    pause: float = 0.0
+    kill_once: str = ""
+    kill: bool = False
+    fail: bool = False
+
+    def attack(self, case):
+        note("start", case)
+        time.sleep(self.pause)
+        if self.fail and os.environ.get("COUNTING_FAILS", "1") == "1":
+            raise RuntimeError("planted failure")
+        if self.kill or (self.kill_once and not os.path.exists(self.kill_once)):
+            if self.kill_once:
+                open(self.kill_once, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("end", case)
+        scores = {s.name: torch.rand(s.width, generator=case.generator()) for s in case.sites}
+        return Claim(scores=scores)
+'''
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from deepenc.arena.hosts import host_defense
+from deepenc.arena.matrix import run
+from deepenc.arena.plan import Experiment
+from deepenc.arena.tiny import TinySource
+from deepenc.plugins import load_file
+import json
+
+def main():
+    folder, plugin, workers, fields = sys.argv[1:]
+    load_file(plugin)
+    experiment = Experiment(victims=(TinySource(),), defenses=(host_defense(),), **json.loads(fields))
+    try:
+        run(experiment, folder, cache=folder, workers=int(workers), plugin_files=[plugin])
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+if __name__ == "__main__":
+    main()
+"""
+
+REFERENCES = ["null", {"name": "scratch", "steps": 1}]
+
+
+@pytest.fixture
+def plugin(tmp_path_factory):
+    # One file for all tests: a name cannot be registered from two files.
+    path = tmp_path_factory.getbasetemp() / "counting.py"
+    if not path.exists():
+        path.write_text(PLUGIN)
+    load_file(path)
+    return path
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch, plugin):
+    path = tmp_path / "log"
+    path.touch()
+    monkeypatch.setenv("COUNTING_LOG", str(path))
+    monkeypatch.setattr(sys.modules[load_file(plugin)[0].__module__], "LOG", str(path))
+    return path
+
+
+def fields(**more):
+    return {
+        "name": "x",
+        "attacks": [{"name": "counting"} | more.pop("counting", {}), *REFERENCES],
+        "threats": [{"name": "t", "labelled": 0}],
+        "keys": 2,
+        "seed": 1,
+    } | more
+
+
+def experiment(**more):
+    return Experiment(victims=(TinySource(),), defenses=(host_defense(),), **fields(**more))
+
+
+def fight(folder, **more):
+    options = {key: more.pop(key) for key in ("workers", "plugin_files", "retry_failed") if key in more}
+    return run(experiment(**more), folder, cache=folder, **options)
+
+
+def count(log, what):
+    return Counter(line for line in log.read_text().splitlines() if line.startswith(what))
+
+
+def records(folder):
+    with Store(folder / DATABASE) as store:
+        return store.records()
+
+
+def comparable(folder):
+    return [record.model_copy(update={"cost": None}) for record in records(folder)]
+
+
+class Watcher:
+    def __init__(self, interrupt_after=None):
+        self.calls, self.interrupt_after = [], interrupt_after
+
+    def planned(self, total, finished):
+        self.calls.append(("planned", total, finished))
+
+    def started(self, cell):
+        self.calls.append(("started", cell))
+        if self.interrupt_after is not None and len(self.calls) > self.interrupt_after:
+            raise KeyboardInterrupt
+
+    def finished(self, cell, record):
+        self.calls.append(("finished", cell, record.state))
+
+
+def test_all_cells_are_fought_once_and_told(tmp_path, log):
+    watcher = Watcher()
+    summary = run(experiment(), tmp_path, cache=tmp_path, progress=watcher)
+    # Null defense: null and scratch; the other: counting and null; two keys each.
+    assert (summary.fought, dict(summary.states), summary.encryptions) == (8, {"done": 8}, 4)
+    assert watcher.calls[0] == ("planned", 8, 0)
+    assert [c[0] for c in watcher.calls[1:]] == ["started", "finished"] * 8
+    assert len(records(tmp_path)) == 8
+    assert set(count(log, "end").values()) == {1}
+    again = fight(tmp_path)
+    assert (again.fought, again.encryptions) == (0, 0)
+    assert sum(count(log, "start").values()) == 2
+
+
+def test_plan_has_references_once(plugin):
+    cells = [(c.defense.name, c.entry.label, c.key) for c in plan(experiment())]
+    assert Counter(cells) == {
+        (d, a, k): 1
+        for k in (0, 1)
+        for d, a in [("null", "null"), ("null", "scratch"), ("host", "counting"), ("host", "null")]
+    }
+
+
+def test_a_changed_experiment_keeps_what_still_matches(tmp_path, log):
+    fight(tmp_path)
+    more = fight(tmp_path, keys=3)
+    assert (more.fought, sum(more.states.values())) == (4, 12)
+    fewer = fight(tmp_path, keys=1)
+    assert (fewer.fought, dict(fewer.states)) == (0, {"done": 4})
+    assert len(records(tmp_path)) == 4
+    other = fight(tmp_path, keys=1, counting={"pause": 0.001})
+    assert other.fought == 1
+
+
+def test_each_run_without_a_seed_draws_its_own_keys(tmp_path, log):
+    fight(tmp_path / "a", seed=None)
+    assert fight(tmp_path / "a", seed=None).fought == 0
+    fight(tmp_path / "b", seed=None)
+    assert {r.cell for r in records(tmp_path / "a")}.isdisjoint(r.cell for r in records(tmp_path / "b"))
+    with Store(tmp_path / "a" / DATABASE) as store:
+        assert len(store.get("root")) == 64
+
+
+def test_failed_cells_have_a_traceback_and_are_retried_on_demand(tmp_path, log, monkeypatch):
+    monkeypatch.setenv("COUNTING_FAILS", "1")
+    summary = fight(tmp_path, counting={"fail": True})
+    assert dict(summary.states) == {"done": 6, "failed": 2}
+    reasons = [r.reason for r in records(tmp_path) if r.state == "failed"]
+    assert all("planted failure" in reason and "Traceback" in reason for reason in reasons)
+    monkeypatch.setenv("COUNTING_FAILS", "0")
+    assert fight(tmp_path, counting={"fail": True}).fought == 0
+    assert dict(fight(tmp_path, counting={"fail": True}, retry_failed=True).states) == {"done": 8}
+
+
+def test_an_interrupt_gives_running_cells_back(tmp_path, log):
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(), tmp_path, cache=tmp_path, progress=Watcher(interrupt_after=4))
+    with Store(tmp_path / DATABASE) as store:
+        assert Counter(store.states().values()) == {"planned": 6, "done": 2}
+    assert fight(tmp_path).fought == 6
+
+
+def test_workers_below_one(tmp_path):
+    with pytest.raises(ConfigError, match="at least 1"):
+        fight(tmp_path, workers=0)
+
+
+def test_two_workers_find_what_one_finds_though_one_dies(tmp_path, log, plugin):
+    mark = tmp_path / "killed"
+    attacks = [{"name": "counting", "kill_once": str(mark)}, *REFERENCES]
+    summary = fight(tmp_path / "two", workers=2, plugin_files=[plugin], attacks=attacks, keys=1)
+    assert mark.exists()
+    assert dict(summary.states) == {"done": 4}
+    fight(tmp_path / "one", attacks=attacks, keys=1)
+    assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
+
+
+class DyingWorker:
+    """A worker process that dies of every cell it is given."""
+
+    def __init__(self):
+        self.queue, self.task, self.encryptions = [], None, 0
+        self.process = SimpleNamespace(exitcode=-signal.SIGKILL)
+
+    def send(self, task):
+        self.task = task
+
+    def receive(self):
+        return None
+
+
+class DyingPool:
+    def __init__(self):
+        self.workers, self.replaced = [DyingWorker(), DyingWorker()], 0
+
+    def wait(self):
+        return [worker for worker in self.workers if worker.task is not None]
+
+    def replace(self, worker):
+        self.replaced += 1
+        self.workers.remove(worker)
+        self.workers.append(DyingWorker())
+        return self.workers[-1]
+
+
+def test_what_kills_two_workers_has_failed_and_the_run_goes_on(tmp_path, plugin):
+    tasks = [Task.of(cell, "f", bytes(32), None, "cpu") for cell in plan(experiment())]
+    workers = DyingPool()
+    with Store(tmp_path / DATABASE) as store:
+        store.sync(tasks, {})
+        groups = [tasks[:4], tasks[4:6], tasks[6:]]
+        fought, _ = pool._Coordinator(groups, store, "me", Silent(), workers).run()
+        assert (fought, set(store.states().values())) == (8, {"failed"})
+        assert all("died 2 times (SIGKILL; out of memory?)" in r.reason for r in store.records())
+    assert workers.replaced == 16
+
+
+def start(folder, plugin, workers, log, **more):
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    arguments = [str(script), str(folder), str(plugin), str(workers), json.dumps(fields(**more))]
+    environment = os.environ | {"COUNTING_LOG": str(log), "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(log, ends, process):
+    deadline = time.monotonic() + 120
+    while sum(count(log, "end").values()) < ends:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path, log, plugin):
+    slow = {"keys": 6, "counting": {"pause": 0.5}}
+    process = start(tmp_path, plugin, 2, log, **slow)
+    wait_for(log, 2, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):  # its workers end with it
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    with Store(tmp_path / DATABASE) as store:
+        before = Counter(store.states().values())
+        finished = {r.cell for r in store.records()}
+    assert before["done"] >= 1 and before["planned"] >= 1 and before["running"] >= 1
+    summary = fight(tmp_path, **slow)
+    assert dict(summary.states) == {"done": 24}
+    assert summary.fought == 24 - len(finished)
+    # Only the duels that were under way, one a worker, can have been started twice.
+    starts = count(log, "start")
+    assert len(starts) == 6
+    assert sum(starts.values()) <= 8
+
+
+def test_ctrl_c_ends_workers_and_gives_cells_back(tmp_path, log, plugin):
+    process = start(tmp_path, plugin, 2, log, keys=6, counting={"pause": 0.5})
+    wait_for(log, 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+    with Store(tmp_path / DATABASE) as store:
+        states = Counter(store.states().values())
+    assert states["running"] == 0 and states["done"] >= 1 and states["planned"] >= 1

@@ -1,0 +1,164 @@
+"""Statistics against scipy, statsmodels' formula written out, and records made by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from deepenc.arena.record import Accuracy, Cost, Detection, Record
+from deepenc.arena.stats import References, advantage, bootstrap, summarise, wilson, worst
+
+
+def record(defense, attack, correct, key=0, repeat=0, *, reference=None, state="done", threat="t", **more):
+    return Record(
+        cell=f"{defense}-{attack}-{key}-{repeat}-{threat}",
+        victim="v",
+        defense=defense,
+        attack=attack,
+        threat=threat,
+        key=key,
+        repeat=repeat,
+        reference=reference,
+        protected=defense != "null",
+        state=state,
+        accuracy=None if correct is None else Accuracy(correct=correct, images=100),
+        **more,
+    )
+
+
+def references(keys=2, scratch=(20, 40)):
+    return [record("null", "nothing", 90, k, reference="floor") for k in range(keys)] + [
+        record("null", "own", scratch[k], k, reference="scratch") for k in range(keys)
+    ]
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (37, 100), (5991, 6000)])
+def test_wilson_against_the_formula(k, n):
+    z = 1.959963984540054
+    p = k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    found = wilson(k, n)
+    assert (found.low, found.high) == pytest.approx((centre - half, centre + half), abs=1e-9)
+    assert found.unit == "images"
+
+
+def test_bootstrap_needs_two_keys():
+    assert bootstrap([0.5]) is None
+    assert bootstrap([]) is None
+
+
+def test_bootstrap_of_two_keys_spans_them():
+    """Of two values a quarter of the resamples is each end: 2.5 % and 97.5 % lie there."""
+    found = bootstrap([0.0, 1.0])
+    assert (found.low, found.high, found.unit) == (0.0, 1.0, "keys")
+
+
+def test_bootstrap_of_many_keys_is_near_the_normal_interval():
+    values = np.random.default_rng(1).normal(0, 1, 400)
+    half = 1.96 * values.std() / 20
+    found = bootstrap(list(values))
+    assert found.low == pytest.approx(values.mean() - half, abs=0.03)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("attack", "scratch", "original", "expected"),
+    [
+        (0.9, 0.3, 0.9, 1),
+        (0.3, 0.3, 0.9, 0),
+        (0.0, 0.3, 0.9, -0.5),
+        (0.5, None, 0.9, None),
+        (0.5, 0.3, None, None),
+        (0.5, 0.9, 0.9, None),
+        (0.5, 0.95, 0.9, None),
+    ],
+)
+def test_advantage_by_hand(attack, scratch, original, expected):
+    assert advantage(attack, scratch, original) == expected
+
+
+def test_advantage_pairs_scratch_of_the_same_key():
+    found = summarise([*references(), record("d", "a", 55, 0), record("d", "a", 65, 1)])[-1]
+    # Key 0: (55 - 20) / 70 = 0.5; key 1: (65 - 40) / 50 = 0.5.
+    assert (found.advantage.mean, found.advantage.least, found.advantage.most) == (0.5, 0.5, 0.5)
+
+
+def test_a_missing_pair_takes_the_mean_of_the_references():
+    known = References(references())
+    lonely = record("d", "a", 60, key=7)
+    assert known.rate("scratch", lonely) == pytest.approx(0.3)
+    assert known.advantage(lonely) == 0.5
+
+
+def test_references_are_of_the_same_threat():
+    assert References(references()).advantage(record("d", "a", 60, threat="other")) is None
+
+
+def test_of_two_scratch_attacks_the_better_counts():
+    more = [record("null", "own2", 60, 0, reference="scratch")]
+    assert References([*references(), *more]).rate("scratch", record("d", "a", 1, 0)) == 0.6
+
+
+def test_only_the_null_defense_gives_references():
+    stray = record("d", "nothing", 99, 0, reference="floor")
+    assert References([stray]).rate("floor", record("d", "a", 1, 0)) is None
+
+
+def test_accuracy_over_keys_is_bootstrapped_and_its_worst_key_named():
+    records = [record("d", "a", c, k) for k, c in enumerate((10, 90, 50))]
+    (found,) = summarise(records)
+    estimate = found.accuracy
+    assert (estimate.mean, estimate.least, estimate.most) == (0.5, 0.1, 0.9)
+    assert (estimate.worst_key, estimate.keys, estimate.interval.unit) == (1, 3, "keys")
+
+
+def test_repeats_do_not_count_as_keys():
+    (found,) = summarise([record("d", "a", c, 0, r) for r, c in enumerate((10, 20, 30))])
+    assert found.accuracy.keys == 1
+    assert found.accuracy.mean == pytest.approx(0.2)
+    assert found.accuracy.interval == wilson(20, 100)
+
+
+def test_unfinished_duels_are_absent_not_zero():
+    records = [
+        record("d", "a", 50, 0),
+        record("d", "a", None, 1, state="failed", reason="boom"),
+        record("d", "a", None, 2, state="out_of_budget", reason="too much"),
+    ]
+    (found,) = summarise(records)
+    assert dict(found.states) == {"done": 1, "failed": 1, "out_of_budget": 1}
+    assert (found.accuracy.mean, found.accuracy.keys, found.reason) == (0.5, 1, "boom")
+    (nothing,) = summarise([record("d", "b", None, state="unsupported", reason="r")])
+    assert (nothing.accuracy, nothing.advantage, nothing.detection, nothing.cost) == (None,) * 4
+
+
+def test_worst_attack_is_taken_per_key():
+    """Neither attack is best on both keys: the mean of the better ones is above either's mean."""
+    records = [
+        *references(2, (10, 10)),
+        *(record("d", "a", c, k) for k, c in enumerate((80, 20))),
+        *(record("d", "b", c, k) for k, c in enumerate((30, 70))),
+        record("d", "c", None, 0, state="failed", reason="x"),
+        record("d", "own", 99, 0, reference="scratch"),
+    ]
+    (found,) = worst(records)
+    assert found.accuracy.mean == 0.75
+    assert dict(found.attacks) == {"a": 1, "b": 1}
+    assert found.missing == 1
+    assert found.advantage.mean == pytest.approx((70 / 80 + 60 / 80) / 2)
+
+
+def test_detection_and_cost_means():
+    def scored(key, auc, left):
+        quality = Detection(
+            auc=auc, average_precision=auc, tpr=0, exact_sites=1, sites=4, bits_left=left, bits=10
+        )
+        return record("d", "a", None, key, detection=quality, cost=Cost(samples=key, steps=2, seconds=1))
+
+    (found,) = summarise([scored(0, 0.5, 8), scored(1, 1.0, 2)])
+    assert found.detection.auc.mean == 0.75
+    assert found.detection.exact.mean == 0.25
+    assert (found.detection.bits_left.least, found.detection.bits) == (2, 10)
+    assert (found.cost.samples, found.cost.steps) == (0.5, 2)
+    assert found.accuracy is None
