@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from deepenc.arena.record import Record
+from deepenc.errors import StoreError
+from deepenc.report.export import COLUMNS, write_csv
+from deepenc.report.tables import ABSENT, report
+
+
+def record(attack: str, key: int, correct: int | None, **more: Any) -> Record:
+    fields = {
+        "cell": f"{attack}-{key}-{more.get('defense', 'weak')}",
+        "victim": "tiny",
+        "defense": "weak",
+        "attack": attack,
+        "threat": "thief",
+        "key": key,
+        "repeat": 0,
+        "protected": True,
+        "state": "done",
+        "accuracy": None if correct is None else {"correct": correct, "images": 100},
+        "cost": {"samples": 12_800, "steps": 0, "seconds": 1.25},
+        "memory": 0.042,
+        "key_bits": 55.0,
+    }
+    return Record.model_validate(fields | more)
+
+
+def reference(attack: str, kind: str, key: int, correct: int) -> Record:
+    return record(
+        attack, key, correct, reference=kind, defense="null", protected=False, memory=0.0, key_bits=0.0
+    )
+
+
+DETECTION = {
+    "auc": 0.75,
+    "average_precision": 0.5,
+    "tpr": 0.25,
+    "exact_sites": 1,
+    "sites": 4,
+    "bits_left": 12.0,
+    "bits": 55.0,
+}
+
+RECORDS = [
+    *(reference("null", "floor", key, 90) for key in (0, 1)),
+    *(reference("scratch", "scratch", key, 50) for key in (0, 1)),
+    *(record("null", key, 20, reference="floor") for key in (0, 1)),
+    record("guess", 0, 60, detection=DETECTION),
+    record("guess", 1, 80, detection=DETECTION),
+    *(
+        record(
+            "broken",
+            key,
+            None,
+            state="failed",
+            reason="Traceback\n  a line\nValueError: too [bold]wide[/bold]\n",
+            cost=None,
+        )
+        for key in (0, 1)
+    ),
+    *(
+        record("asks", key, None, state="unsupported", reason="needs labelled >= 5", cost=None)
+        for key in (0, 1)
+    ),
+]
+
+
+def shown(records: list[Record], width: int = 120) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report(records))
+    return console.export_text()
+
+
+def line(text: str, start: str) -> str:
+    (found,) = [x for x in text.splitlines() if x.strip().startswith(start + " ")]
+    return found
+
+
+def test_a_cell_shows_what_was_measured() -> None:
+    # By hand: keys 60 and 80 of 100; advantages (60 - 50) / 40 and (80 - 50) / 40.
+    cells = line(shown(RECORDS), "guess").split()
+    assert cells[:4] == ["guess", "70.0", "[60.0", "80.0]"]
+    assert cells[4:8] == ["80.0", "0.50", "[0.25", "0.75]"]
+    assert cells[8:12] == ["0.75", "0.25", "25%", "12"]
+    assert cells[12:] == ["12.8k", "0", "1.2", "2", "done"]
+
+
+@pytest.mark.parametrize(("attack", "state"), [("broken", "2 failed"), ("asks", "2 unsupported")])
+def test_what_was_not_measured_is_absent_and_says_why(attack: str, state: str) -> None:
+    text = shown(RECORDS)
+    found = line(text, attack)
+    assert found.rstrip().endswith(state)
+    assert found.split()[1:-2] == [ABSENT] * 10
+    assert not any(digit in found.replace(state, "") for digit in "0123456789")
+    assert "broken: ValueError: too [bold]wide[/bold]" in text
+    assert "asks: needs labelled >= 5" in text
+
+
+def test_references_are_in_the_table() -> None:
+    text = shown(RECORDS)
+    assert "90.0" in line(text, "null (original)")
+    assert "50.0" in line(text, "scratch")
+    assert "20.0" in line(text, "null (as is)")
+
+
+def test_the_overview_takes_the_strongest_attack_of_every_key() -> None:
+    text = shown(RECORDS).partition("strongest attack on each key")[2]
+    (found,) = [x for x in text.splitlines() if " weak " in x]
+    for part in ("+4.2 %", "55", "70.0", "80.0", "0.75", "guess (2)"):
+        assert part in found
+    assert found.rstrip().endswith("4"), "the duels that did not end well are counted"
+
+
+def test_names_are_not_read_as_markup() -> None:
+    odd = [r.model_copy(update={"attack": "[red]x[/red]", "victim": "[b]v"}) for r in RECORDS[-4:-3]]
+    text = shown(odd)
+    assert "[red]x[/red]" in text
+    assert "[b]v" in text
+
+
+def test_an_empty_run_is_said_to_be_empty() -> None:
+    assert "No duel" in shown([])
+
+
+def test_lines_fit_120_columns_without_wrapping() -> None:
+    assert max(len(x.rstrip()) for x in shown(RECORDS).splitlines()) <= 120
+
+
+def test_csv_has_everything_and_leaves_the_rest_empty(tmp_path: Path) -> None:
+    assert write_csv(RECORDS, tmp_path / "out.csv") == len(RECORDS)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == len(RECORDS)
+    guess = next(r for r in rows if r["attack"] == "guess" and r["key"] == "1")
+    assert (guess["accuracy_correct"], guess["detection_auc"], guess["cost_samples"]) == (
+        "80",
+        "0.75",
+        "12800",
+    )
+    broken = next(r for r in rows if r["attack"] == "broken")
+    assert broken["accuracy_correct"] == broken["detection_auc"] == broken["cost_seconds"] == ""
+    assert broken["reason"].startswith("Traceback\n")
+
+
+def test_the_columns_begin_as_they_always_did() -> None:
+    first = ("version", "cell", "victim", "defense", "attack", "threat", "key", "repeat", "reference")
+    assert COLUMNS[:9] == first, "readers of older files go by these names"
+
+
+def test_a_csv_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot write"):
+        write_csv(RECORDS, tmp_path / "missing" / "out.csv")

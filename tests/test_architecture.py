@@ -1,0 +1,119 @@
+"""Who may import whom: read from the source by ast, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each room, and the rooms it may import besides itself.
+CORE = {
+    "deepenc.errors": set(),
+    "deepenc.plugins": {"deepenc.errors"},
+    "deepenc.network": {"deepenc.errors", "deepenc.plugins"},
+    "deepenc.encryption": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
+    "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
+}
+CORE["deepenc.arena"] = {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}
+CORE["deepenc.report"] = {*CORE["deepenc.arena"], "deepenc.arena"}
+CORE["deepenc.config"] = CORE["deepenc.report"]
+CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
+CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
+PLUGINS = {"attacks": {*CORE["deepenc.arena"], "deepenc.arena"}, "defenses": CORE["deepenc.arena"]}
+OURS = {"deepenc", "attacks", "defenses", "benchmarks", "tests"}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full module name of everything that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level
+            # `from deepenc import errors` imports a module, `from deepenc.errors import near` does not.
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def room_of(module: str, rooms: set[str]) -> str:
+    """The innermost room that a module, or a name in it, belongs to."""
+    inside = [room for room in rooms if module == room or module.startswith(room + ".")]
+    return max(inside, key=len, default=module.partition(".")[0])
+
+
+def breaches(root: Path) -> list[str]:
+    """Every import under a root that the rules forbid."""
+    rules = CORE | PLUGINS
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if relative.parts[0] not in ("deepenc", "attacks", "defenses"):
+            continue
+        own = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        room = room_of(own, set(rules))
+        for line, module in imports(path):
+            target = room_of(module, set(rules))
+            if target == "deepenc" and room in PLUGINS:
+                continue  # the public names of the package
+            if module.startswith("."):
+                found.append(f"{relative}:{line}: relative import; name the module in full")
+            elif target.partition(".")[0] in OURS and target not in {room, *rules[room]}:
+                found.append(f"{relative}:{line}: {room} must not import {target}")
+    return found
+
+
+def test_imports_follow_the_rules() -> None:
+    assert not breaches(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("deepenc/network/bad.py", "from deepenc.encryption.key import Key"),
+        ("deepenc/errors.py", "from deepenc import plugins"),
+        ("deepenc/arena/bad.py", "import attacks.null"),
+        ("deepenc/victims/bad.py", "from deepenc.arena.case import Case"),
+        ("deepenc/encryption/bad.py", "def late():\n    from deepenc.victims.victim import Victim"),
+        ("deepenc/report/bad.py", "import deepenc.cli"),
+        ("deepenc/cli.py", "import benchmarks.structure"),
+        ("attacks/bad.py", "from defenses.weights.samp import Samp"),
+        ("defenses/weights/bad.py", "from deepenc.arena.case import Case"),
+        ("deepenc/network/bad.py", "from ..encryption import key"),
+    ],
+)
+def test_a_planted_breach_is_found(tmp_path: Path, file: str, line: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text("from __future__ import annotations\n\nimport torch\n\n" + line + "\n")
+    assert len(breaches(tmp_path)) == 1
+    assert file in breaches(tmp_path)[0]
+
+
+def test_allowed_imports_are_no_breach(tmp_path: Path) -> None:
+    path = tmp_path / "attacks" / "good.py"
+    path.parent.mkdir()
+    path.write_text("import deepenc\nfrom deepenc.arena.case import Attack\nfrom attacks.null import Null\n")
+    assert not breaches(tmp_path)
+
+
+def _loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_importing_the_package_loads_nothing_heavy_and_no_plugin() -> None:
+    loaded = _loaded_by("import deepenc")
+    assert "deepenc" in loaded
+    assert not loaded & {"lightning", "optuna", "matplotlib", "transformers", "attacks", "defenses"}
+
+
+def test_the_command_line_answers_for_help_without_torch() -> None:
+    loaded = _loaded_by("import deepenc.cli")
+    assert not loaded & {"torch", "lightning", "sklearn", "sqlalchemy", "attacks", "defenses"}

@@ -1,0 +1,73 @@
+"""Every example in the documentation is run, word for word."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DEEPENC = Path(sys.executable).with_name("deepenc")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def plugin_of(page: str, folder: Path) -> Path:
+    (code,) = (block for block in blocks(page, "python") if "class " in block)
+    file = folder / "my_plugin.py"
+    file.write_text(code, encoding="utf-8")
+    return file
+
+
+def deepenc(*arguments: str | Path, cwd: Path) -> str:
+    done = subprocess.run(
+        [DEEPENC, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_readme_s_attack_is_short() -> None:
+    (code,) = (block for block in blocks("README.md", "python") if "class " in block)
+    assert len(code.splitlines()) < 30
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/writing_an_attack.md", "docs/writing_a_defense.md"])
+def test_plugins_of_the_pages_keep_the_contract(page: str, tmp_path: Path) -> None:
+    said = deepenc("check", plugin_of(page, tmp_path), cwd=tmp_path)
+    assert "passed" in said and "failed" not in said.lower().replace("0 failed", "")
+
+
+def test_the_readme_s_attack_runs_in_a_matrix(tmp_path: Path) -> None:
+    plugin = plugin_of("README.md", tmp_path)
+    (experiment,) = (block for block in blocks("README.md", "yaml") if "attacks:" in block)
+    (tmp_path / "mine.yaml").write_text(experiment, encoding="utf-8")
+    said = deepenc("run", "mine.yaml", "--plugin", plugin, "--out", "runs/mine", cwd=tmp_path)
+    assert yaml.safe_load(experiment)["attacks"][0] in said
+    assert deepenc("report", "runs/mine", "--csv", "mine.csv", cwd=tmp_path)
+    lines = (tmp_path / "mine.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 1
+
+
+def test_the_readme_s_library_calls() -> None:
+    (code,) = (block for block in blocks("README.md", "python") if "find_sites" in block)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readme_s_commands_on_one_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block of shell commands that encrypts, inspects and decrypts."""
+    monkeypatch.setenv("DEEPENC_PASSPHRASE", "correct horse battery staple")
+    (commands,) = (block for block in blocks("README.md", "sh") if "deepenc encrypt" in block)
+    for line in commands.splitlines():
+        program, *arguments = line.split("#")[0].split()
+        assert program == "deepenc"
+        assert shutil.which(DEEPENC)
+        deepenc(*arguments, cwd=tmp_path)
