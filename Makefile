@@ -16,6 +16,8 @@ REQUIREMENTS := import tomllib; all = tomllib.load(open("pyproject.toml", "rb"))
 DIGEST := import hashlib, sys; where = sys.version + sys.base_prefix; \
 	print(hashlib.sha256(sys.stdin.buffer.read() + where.encode()).hexdigest()[:12])
 DEPENDENCIES := $(CACHE)/venv-$(shell ($(PYTHON) -c '$(REQUIREMENTS)'; cat Makefile) | $(PYTHON) -c '$(DIGEST)')
+PEER := $(shell $(PYTHON) -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["benchmarks"])')
 READY := .venv/ready-$(shell (pwd; cat pyproject.toml Makefile) | $(PYTHON) -c '$(DIGEST)')
 
 # An environment that was cleaned away is made again; one in use stays young, see `find` below.
@@ -70,6 +72,7 @@ types: $(READY)
 	.venv/bin/python -m mypy
 
 bench: $(READY)
+	"$(DEPENDENCIES)/bin/python" -m pip install --quiet $(PEER)
 	.venv/bin/python benchmarks/structure.py
 	.venv/bin/python benchmarks/matrix.py
 

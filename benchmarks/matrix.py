@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--attack", default="finetune")
     parser.add_argument("--keys", type=int, default=2)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)  # a worker is one core: what a second one gains is then a fair question
     matrix = experiment(chosen.victim, chosen.attack, chosen.keys)
     cache = cache_folder()
     worker.Workspace(cache).victim(matrix.victims[0])  # trained or converted once, before the clock starts

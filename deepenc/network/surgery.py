@@ -204,8 +204,29 @@ def widen(tensor: Tensor, kept: Mapping[int, Tensor], shape: Sequence[int]) -> T
         shape: From `Layout.widened_shape`.
     """
     result = tensor.new_zeros(tuple(shape))
-    result[_mesh(kept, tensor)] = tensor
+    _spread(result, tensor, sorted(kept.items()))
     return result
+
+
+def _spread(target: Tensor, source: Tensor, kept: Sequence[tuple[int, Tensor]]) -> None:
+    """Copy runs of consecutive entries along the last dimension, and by index along the first.
+
+    Runs are long where few channels were inserted; measured, this takes a third to all of the time of
+    copying by index along both.
+    """
+    if not kept:
+        target.copy_(source)
+        return
+    *outer, (dim, index) = kept
+    places = index.numpy()
+    starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    lengths = np.diff(starts, append=len(places))
+    for start, place, length in zip(starts.tolist(), places[starts].tolist(), lengths.tolist(), strict=True):
+        part, piece = target.narrow(dim, place, length), source.narrow(dim, start, length)
+        if len(outer) == 1:
+            part.index_copy_(outer[0][0], outer[0][1].to(target.device), piece)
+        else:
+            _spread(part, piece, outer)
 
 
 def narrow(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
@@ -249,18 +270,6 @@ def remove(network: nn.Module, layout: Layout) -> nn.Module:
         shape = layout.narrowed_shape(name, state[name].shape)
         tensors[name] = narrow(state[name], layout.kept(name, shape))
     return replace_tensors(network, tensors)
-
-
-def _mesh(kept: Mapping[int, Tensor], tensor: Tensor) -> tuple[Tensor | slice, ...]:
-    """Indices that address the outer product of the kept entries of each dimension.
-
-    Dimensions after the last widened one stay slices, so that whole kernels move at once.
-    """
-    if not kept:
-        return (slice(None),)
-    last = max(kept)
-    full = [kept.get(d, torch.arange(tensor.shape[d])).to(tensor.device) for d in range(last + 1)]
-    return tuple(index.reshape([-1] + [1] * (last - d)) for d, index in enumerate(full))
 
 
 def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
