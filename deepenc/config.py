@@ -107,7 +107,14 @@ def _lines(place: Path_, node: yaml.Node) -> Iterator[tuple[Path_, int]]:
 
 
 def _item_complaints(content: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
-    """Complaints about the listed plugins and threats: each is tried alone, so that all are told at once."""
+    """Complaints about fields and listed plugins: each is tried alone, so that all are told at once."""
+    known = Experiment.model_fields
+    for field in content:
+        if field not in known:
+            yield (field,), f"unknown field {field!r}: {near(str(field), known)}"
+    for field, about in known.items():
+        if about.is_required() and field not in content:
+            yield (field,), "this field is missing; add it"
     for field, (make, model) in _LISTS.items():
         items = content.get(field)
         if not isinstance(items, list):
