@@ -158,15 +158,17 @@ def _draw_images(images: Images, threat: Threat, seed: int) -> tuple[Images, Ten
 
 
 def _leak(positions: Mapping[str, tuple[int, ...]], fraction: float, seed: int) -> dict[str, tuple[int, ...]]:
-    """A fraction of every site's positions, rounded half up."""
-    if fraction == 0:
-        return {}
-    rng = np.random.default_rng(seed)
-    leaked = {}
-    for name, chosen in positions.items():
-        count = math.floor(fraction * len(chosen) + 0.5)
-        leaked[name] = tuple(sorted(int(p) for p in rng.choice(chosen, size=count, replace=False)))
-    return {name: chosen for name, chosen in leaked.items() if chosen}
+    """A fraction of all positions, rounded half up, drawn over all sites alike.
+
+    Drawn at each site by itself, half of a single channel would round to the whole of it.
+    """
+    every = [(name, position) for name, chosen in sorted(positions.items()) for position in chosen]
+    count = math.floor(fraction * len(every) + 0.5)
+    leaked: dict[str, list[int]] = {}
+    for index in np.random.default_rng(seed).choice(len(every), size=count, replace=False) if count else ():
+        name, position = every[index]
+        leaked.setdefault(name, []).append(position)
+    return {name: tuple(sorted(leaked[name])) for name in positions if name in leaked}
 
 
 class Blank:

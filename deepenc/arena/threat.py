@@ -23,7 +23,7 @@ class Threat(BaseModel):
         name: How tables call it.
         architecture: Whether the attacker knows the victim's architecture, widths included.
         configuration: Whether the attacker knows ΔC per site (the paper's white box).
-        key_fraction: Fraction of each site's confusion positions that the attacker knows, in [0, 1].
+        key_fraction: Fraction of all confusion positions that the attacker knows, in [0, 1].
         labelled: Labelled images the attacker holds.
         unlabelled: Unlabelled images the attacker holds, none of them among the labelled.
         samples: Samples the attacker's networks may process; None is without limit.

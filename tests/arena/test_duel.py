@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.build import Encryption, _leak, build_case
 from deepenc.arena.case import Attack, Claim
 from deepenc.arena.contract import differing, snapshot
 from deepenc.arena.duel import Task, duel
@@ -219,15 +219,21 @@ def test_images_are_copies_disjoint_and_never_the_judges(encryption):
     assert not bool(case.example.any())
 
 
-def test_known_positions_round_half_up():
-    half = Threat(name="half", key_fraction=0.25)
+def test_known_positions_are_a_fraction_of_all():
+    """Three sites of two channels: a quarter of six is 1.5, rounded half up 2."""
+    quarter = Threat(name="quarter", key_fraction=0.25)
     made = Encryption.of(tiny_subject(), host_defense(), bytes(range(32)))
-    known = case_of(made, half).known
-    assert {name: len(chosen) for name, chosen in known.items()} == dict.fromkeys(made.key.positions, 1)
+    known = case_of(made, quarter).known
+    assert sum(map(len, known.values())) == 2
     assert all(set(chosen) <= set(made.key.positions[name]) for name, chosen in known.items())
-    assert case_of(made, half, leak=6).known == known
-    assert any(case_of(made, half, seed=5, leak=n).known != known for n in range(7, 12))
+    assert case_of(made, quarter, leak=6).known == known
+    assert any(case_of(made, quarter, seed=5, leak=n).known != known for n in range(7, 12))
     assert case_of(made, Threat(name="all", key_fraction=1)).known == dict(made.key.positions)
+
+
+def test_half_of_many_single_channels_is_half():
+    leaked = _leak(dict.fromkeys("abcdefgh", (3,)), 0.5, seed=0)
+    assert sum(map(len, leaked.values())) == 4
 
 
 def test_withheld_knowledge_is_not_there(encryption):
