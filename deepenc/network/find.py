@@ -98,10 +98,10 @@ def _candidates(channels: Channels) -> tuple[tuple[Site, ...], list[LeftOut]]:
     signature = np.zeros(len(open_channels), dtype=np.uint64)
     for owner, mark in zip(channels.owners, marks, strict=True):
         np.add.at(signature, channels.of(owner), mark)
-    # A channel of the stream may differ in its signature from others of the same addition.
     occurrences: dict[int, list[Owner]] = {}
     for owner in channels.owners:
-        for group in np.unique(signature[channels.of(owner)[open_channels[channels.of(owner)]]]):
+        along = channels.of(owner)
+        for group in np.unique(signature[along[open_channels[along]]]):
             occurrences.setdefault(int(group), []).append(owner)
     sites: list[Site] = []
     names: set[str] = set()
