@@ -85,18 +85,23 @@ def run(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     csv: Annotated[Path | None, typer.Option(help="Write all records to this CSV file as well.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write tables to this Markdown file as well.")] = None,
 ) -> None:
     """Show the tables of a run, finished or not.
 
     Example: deepenc report runs/quickstart --csv quickstart.csv
     """
     from deepenc.report.export import write_csv
+    from deepenc.report.markdown import write_markdown
 
     records = _records(folder)
     console = out()
     _show(records, console)
     if csv is not None:
         console.print(f"{write_csv(records, csv)} records written to {csv}", markup=False)
+    if markdown is not None:
+        write_markdown(records, markdown)
+        console.print(f"tables written to {markdown}", markup=False)
 
 
 def _records(folder: Path) -> list[Record]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from deepenc.arena.record import Record
 from deepenc.errors import StoreError
 from deepenc.report.export import COLUMNS, write_csv
+from deepenc.report.markdown import markdown, write_markdown
 from deepenc.report.tables import ABSENT, report
 
 
@@ -159,3 +160,23 @@ def test_the_columns_begin_as_they_always_did() -> None:
 def test_a_csv_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot write"):
         write_csv(RECORDS, tmp_path / "missing" / "out.csv")
+
+
+def test_markdown_has_defenses_down_and_attacks_across() -> None:
+    lines = markdown(RECORDS).splitlines()
+    header = next(line for line in lines if line.startswith("| defense"))
+    weak = next(line for line in lines if line.startswith("| weak"))
+    cells = dict(zip(header.split(" | "), weak.split(" | "), strict=True))
+    assert cells["memory"] == "+4.2 %"
+    assert cells["guess"].startswith("70.0 [60.0, 80.0] (80.0)")
+    assert cells["null"].startswith("20.0 [13.")  # Wilson: both keys agree
+    assert any("0.75, 25%, 12 of 55 bits" in line for line in lines)
+
+
+def test_markdown_names_the_state_of_what_was_not_measured() -> None:
+    assert "2 unsupported" in markdown([record("x", k, None, state="unsupported") for k in (0, 1)])
+
+
+def test_markdown_to_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="choose another file"):
+        write_markdown(RECORDS, tmp_path / "none" / "x.md")
