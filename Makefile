@@ -59,7 +59,7 @@ demo: $(READY)
 	.venv/bin/deepenc run configs/quickstart.yaml --out runs/quickstart --workers 2
 
 test: lint types
-	.venv/bin/python -m pytest -m "not long"
+	.venv/bin/python -m pytest -m "not long" --durations=10
 
 test-long: $(READY)
 	.venv/bin/python -m pytest -m long
