@@ -58,6 +58,9 @@ $(READY):
 demo: $(READY)
 	.venv/bin/deepenc run configs/quickstart.yaml --out runs/quickstart --workers 2
 
+# One thread a process: several on few cores wait for each other more than they compute.
+test test-long: export OMP_NUM_THREADS ?= 1
+
 test: lint types
 	.venv/bin/python -m pytest -m "not long" --durations=10
 
