@@ -19,7 +19,7 @@ from deepenc.encryption.key import Key
 from deepenc.encryption.objective import memory
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site
-from deepenc.network.surgery import replace_tensors
+from deepenc.network.surgery import named_tensors, replace_tensors
 from deepenc.victims.victim import Images, Victim
 
 
@@ -78,14 +78,8 @@ class Encryption:
             data=victim.defender.inputs,
         )
         cost = memory(victim.model.state_dict(), subject.sites, key.configuration)
-        return cls(subject, defense, named_tensors(network), key, cost.ratio)
-
-
-def named_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, those not in the state dict too, without gradient history."""
-    tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
-    tensors.update(network.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+        tensors = {name: tensor.detach() for name, tensor in named_tensors(network).items()}
+        return cls(subject, defense, tensors, key, cost.ratio)
 
 
 def fresh(encryption: Encryption, device: torch.device) -> nn.Module:

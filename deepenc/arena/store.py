@@ -15,7 +15,6 @@ from sqlalchemy import (
     Engine,
     Integer,
     MetaData,
-    RowMapping,
     String,
     Table,
     Text,
@@ -211,13 +210,6 @@ class Store:
                 select(_cells.c.id, _cells.c.state).where(_cells.c.current).order_by(_cells.c.position)
             )
             return {row.id: row.state for row in rows}
-
-    def cells(self) -> list[RowMapping]:
-        """The current plan, in order: id, state, victim, defense, attack, threat, key, repeat."""
-        columns = [c for c in _cells.c if c.name not in ("record", "current", "position")]
-        with self._begin() as connection:
-            chosen = select(*columns).where(_cells.c.current).order_by(_cells.c.position)
-            return list(connection.execute(chosen).mappings())
 
     def records(self) -> list[Record]:
         """Records of the finished cells of the current plan, in its order."""

@@ -25,7 +25,7 @@ from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Site
-from deepenc.network.surgery import Layout, forged_entries, narrow, remove, replace_tensors, widen
+from deepenc.network.surgery import Layout, narrow, remove, replace_tensors, widen
 from deepenc.plugins import Plugin
 
 DefenseLike = Defense | str | Mapping[str, Any] | None
@@ -205,7 +205,7 @@ def _fill(
         if not torch.isfinite(value).all():
             raise PluginError(f"{where}: expected finite values, got NaN or infinity")
         target = widened[gap.slot.tensor]
-        entries = forged_entries(gap.slot, positions) + layout.widened_slot(gap.slot).start
+        entries = layout.forged(site, gap.slot)
         target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
 
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from deepenc.errors import TraceError
 from deepenc.network.axes import Axes, Axis, Channels
 from deepenc.network.rules import apply
-from deepenc.network.surgery import replace_tensors
+from deepenc.network.surgery import named_tensors, replace_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def trace(model: nn.Module, example: Any) -> Channels:
     Raises:
         TraceError: The network does not run on the example; says in which module.
     """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = named_tensors(model)
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
     try:
         return _run(replace_tensors(model, meta), to_device(example, "meta"), set(model.state_dict()))
@@ -118,8 +118,8 @@ def call(model: nn.Module, example: Any) -> Any:
 
 def _run(model: nn.Module, example: Any, persistent: set[str]) -> Channels:
     names: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        names[id(tensor)] = name
+    for name, tensor in named_tensors(model).items():
+        names.setdefault(id(tensor), name)  # a tied tensor goes by its first name
     tracer = Tracer(names, persistent)
     for path, module in model.named_modules():
         _follow(tracer, path, module)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from deepenc.errors import DeepencError, TraceError
 from deepenc.network.graph import call
 from deepenc.network.sites import Role, Site
-from deepenc.network.surgery import Layout, forged_entries, insert, replace_tensors
+from deepenc.network.surgery import Layout, insert, replace_tensors
 
 Refuted = list[tuple[Site, str]]
 
@@ -128,8 +128,7 @@ def _fill(network: nn.Module, layout: Layout) -> None:
                 tensor = state[slot.tensor]
                 if tensor.is_meta:
                     continue
-                start = layout.widened_slot(slot).start
-                entries = start + forged_entries(slot, layout.positions[site.name])
+                entries = layout.forged(site, slot)
                 shape = list(tensor.shape)
                 shape[slot.dim] = len(entries)
                 values = torch.zeros(shape)

@@ -147,6 +147,10 @@ class Layout:
         """The slot as it lies in the widened tensor: its start moved by what was inserted before it."""
         return replace(slot, start=self._starts[slot.tensor, slot.dim, slot.start])
 
+    def forged(self, site: Site, slot: Slot) -> Tensor:
+        """Entries of a site's confusion channels along a slot of the widened tensor; ``(count * block,)``."""
+        return forged_entries(slot, self.positions[site.name]) + self.widened_slot(slot).start
+
     def widened_sites(self) -> tuple[Site, ...]:
         """The sites as a tracer of the encrypted network would see them: confusion channels included."""
         return tuple(
@@ -272,6 +276,13 @@ def remove(network: nn.Module, layout: Layout) -> nn.Module:
     return replace_tensors(network, tensors)
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those that no state dict keeps too; tied ones by each name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
 def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
     """Copy a network's structure around other tensors, of any shapes; the given model is untouched.
 
@@ -283,8 +294,7 @@ def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
         SiteError: A tensor has no place in the model.
     """
     # Both names of a tied tensor map to one object, so that it stays tied.
-    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    own.update(model.named_buffers(remove_duplicate=False))
+    own = named_tensors(model)
     if strangers := sorted(set(tensors) - set(own)):
         raise SiteError(f"tensors {strangers[:5]} have no place in {type(model).__name__}")
     memo: dict[int, object] = {}

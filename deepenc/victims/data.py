@@ -78,13 +78,3 @@ def fingerprint(model: nn.Module, *parts: Images) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def accuracy(model: nn.Module, images: Images, batch: int = 100) -> tuple[int, int]:
-    """Correctly classified images, and all images."""
-    correct = 0
-    with torch.inference_mode():
-        for start in range(0, len(images), batch):
-            found = model(images.inputs[start : start + batch]).argmax(1)
-            correct += int((found == images.labels[start : start + batch]).sum())
-    return correct, len(images)

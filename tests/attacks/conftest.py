@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from deepenc.arena.case import Case
 from deepenc.arena.threat import Meter, Threat
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.surgery import Layout, forged_entries, insert
+from deepenc.network.surgery import Layout, insert
 from deepenc.victims.training import Recipe, fit
 from deepenc.victims.victim import Images
 
@@ -131,7 +131,7 @@ def plant(trained: nn.Module) -> Plant:
         for site in layout.sites:
             for slot in site.slots:
                 if chosen.get(site.name):
-                    entries = forged_entries(slot, chosen[site.name]) + layout.widened_slot(slot).start
+                    entries = layout.forged(site, slot)
                     shape = list(state[slot.tensor].shape)
                     shape[slot.dim] = len(entries)
                     values = fill(slot, tuple(shape), own[slot.tensor], generator)

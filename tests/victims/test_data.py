@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
-from deepenc.victims.data import accuracy, checksum, digests, fingerprint, split, take
+from deepenc.victims.data import checksum, digests, fingerprint, split, take
 from deepenc.victims.victim import Images
 
 
@@ -69,9 +70,10 @@ def test_checksum_sees_types_shapes_and_names():
     assert checksum({"a": torch.tensor(1.0)}) == checksum({"a": torch.tensor(1.0)})
 
 
-def test_take_copies_and_accuracy_counts():
+def test_take_copies():
     images = Images(torch.eye(4), torch.tensor([0, 1, 2, 0]))
     part = take(images, np.array([3, 0]))
     part.inputs.fill_(9)
     assert torch.equal(images.inputs, torch.eye(4)) and part.labels.tolist() == [0, 0]
-    assert accuracy(nn.Identity(), images, batch=3) == (3, 4)
+    judged = judge(nn.Identity(), images, 4, who="test", batch=3)
+    assert (judged.correct, judged.images) == (3, 4)
