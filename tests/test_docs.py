@@ -71,3 +71,17 @@ def test_the_readme_s_commands_on_one_network(tmp_path: Path, monkeypatch: pytes
         assert program == "deepenc"
         assert shutil.which(DEEPENC)
         deepenc(*arguments, cwd=tmp_path)
+
+
+def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands in their order in one folder, openssl's among them, and its library calls."""
+    monkeypatch.setenv("DEEPENC_PASSPHRASE", "correct horse battery staple")
+    for line in "".join(blocks("docs/keys.md", "sh")).splitlines():
+        program, *arguments = line.split("#")[0].split()
+        if program == "deepenc":
+            deepenc(*arguments, cwd=tmp_path)
+        else:
+            assert program == "openssl"
+            subprocess.run([program, *arguments], cwd=tmp_path, check=True, timeout=60)
+    (code,) = blocks("docs/keys.md", "python")
+    exec(compile(code, "docs/keys.md", "exec"), {})

@@ -17,9 +17,11 @@ from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import encrypt
 from deepenc.encryption.key import Key
 from deepenc.encryption.objective import memory
+from deepenc.encryption.tensors import tensors_of
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site
-from deepenc.network.surgery import named_tensors, replace_tensors
+from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.surgery import fit
 from deepenc.victims.victim import Images, Victim
 
 
@@ -77,7 +79,7 @@ class Encryption:
             sites=subject.sites,
             data=victim.defender.inputs,
         )
-        cost = memory(victim.model.state_dict(), subject.sites, key.configuration)
+        cost = memory(tensors_of(victim.model, subject.sites), subject.sites, key.configuration)
         tensors = {name: tensor.detach() for name, tensor in named_tensors(network).items()}
         return cls(subject, defense, tensors, key, cost.ratio)
 
@@ -92,7 +94,7 @@ def fresh(encryption: Encryption, device: torch.device) -> nn.Module:
         name: tensor.to(device, copy=True, memory_format=torch.contiguous_format)
         for name, tensor in encryption.tensors.items()
     }
-    network = replace_tensors(encryption.subject.victim.model, tensors)
+    network = fit(encryption.subject.victim.model, tensors, encryption.key.layout())
     for module in network.modules():
         for hooks in (
             module._forward_hooks,

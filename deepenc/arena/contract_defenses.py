@@ -20,6 +20,7 @@ from deepenc.arena.threat import Threat
 from deepenc.arena.tiny import tiny_subject
 from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Placement, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
+from deepenc.encryption.tensors import tensors_of
 from deepenc.network.surgery import Layout
 
 KEYS = 3
@@ -112,7 +113,7 @@ def _original() -> Original:
 def _neurons() -> list[Neurons]:
     """Two confusion channels at every site, about to be filled."""
     original = _original()
-    state = original.model.state_dict()
+    state = tensors_of(original.model, original.sites)
     layout = Layout(original.sites, {site.name: (0, 3) for site in original.sites})
     result = []
     for site in original.sites:

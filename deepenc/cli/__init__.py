@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deepenc.cli import networks, plugins, runs
+from deepenc.cli import inspection, networks, paper, plugins, rotation, runs
 from deepenc.cli.console import complain
 from deepenc.errors import DeepencError
 
@@ -52,13 +52,16 @@ def _options(
 for _command in (
     networks.encrypt,
     networks.decrypt,
-    networks.inspect,
+    rotation.rotate,
+    inspection.inspect,
     runs.run,
     runs.report,
     plugins.list_plugins,
     plugins.check,
 ):
     app.command(name="list" if _command is plugins.list_plugins else None)(_command)
+
+app.add_typer(paper.app, name="paper")
 
 
 def main() -> None:

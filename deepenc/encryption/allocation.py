@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 
 from deepenc.encryption.defense import Allocation, Original
 from deepenc.encryption.objective import memory
+from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError, near
 from deepenc.network.sites import Site
 
@@ -78,7 +79,7 @@ def same_memory(original: Original, sites: Sequence[Site], budget: Allocation) -
     Returns:
         A count ``>= 1``; the smaller of two equally close.
     """
-    tensors = original.model.state_dict()
+    tensors = tensors_of(original.model, original.sites)
 
     def cost(number: int) -> int:
         return memory(tensors, original.sites, {site.name: number for site in sites}).extra_bits

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +17,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepenc.encryption.key import Key, fingerprint, verify
+from deepenc.encryption.fingerprint import fingerprint
+from deepenc.encryption.forgery import MAX_CHANNELS, MAX_HEADER, MAX_VALUES, brief, first_fault
+from deepenc.encryption.key import Key, verify
 from deepenc.encryption.objective import memory
 from deepenc.encryption.tensors import names_in, shared, tensors_of
-from deepenc.errors import CheckpointError, SiteError
+from deepenc.errors import CheckpointError, ConfigError, SiteError
+from deepenc.network.factory import Factory
 from deepenc.network.sites import Site
-from deepenc.network.surgery import Layout, narrow, replace_tensors
-from deepenc.plugins import explain
+from deepenc.network.surgery import Layout, fit, narrow
 
 TENSORS = "model.safetensors"
 HEADER = "deepenc.json"
 FORMAT: Final = "deepenc-network"
 VERSION: Final = 1
 
-_MAX_HEADER = 2**26
 _REMEDY = "restore the folder from its original"
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
     """Contents of the JSON file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -42,6 +43,7 @@ class _Header(BaseModel):
     format: Literal["deepenc-network"] = FORMAT
     version: Literal[1] = VERSION
     victim: dict[str, Any] | None
+    factory: Factory | None = None
     defense: dict[str, Any]
     sites: tuple[Site, ...]
     configuration: dict[str, int]
@@ -51,8 +53,7 @@ class _Header(BaseModel):
 
     def digested(self) -> Self:
         """The same with a SHA-256 over all the rest, which tells accidents from contents."""
-        rest = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return self.model_copy(update={"digest": hashlib.sha256(rest.encode()).hexdigest()})
+        return self.model_copy(update={"digest": _digest(self.model_dump(mode="json"))})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class Checkpoint:
         configuration: Confusion channels of every site.
         fingerprint: Of the tensors; the key has the same.
         victim: Spec of the victim, where it was saved.
+        factory: How the victim's structure is made, where it was saved.
         defense: Name and public parameters of the defense.
         memory: Measured ΔMem / Mem.
     """
@@ -74,8 +76,31 @@ class Checkpoint:
     configuration: Mapping[str, int]
     fingerprint: str
     victim: Mapping[str, Any] | None
+    factory: Factory | None
     defense: Mapping[str, Any]
     memory: float
+
+    def rebuild(self, allow: Collection[str] = ()) -> nn.Module:
+        """The encrypted network, in eval mode on the CPU, its structure made by the saved factory.
+
+        Args:
+            allow: As for `Factory.build`: a function of somebody's own (``"package.module:function"``) is
+                imported and called only if it is listed here.
+
+        Raises:
+            CheckpointError: No factory was saved, or it makes another network, or calls a function that
+                ``allow`` does not list.
+            ConfigError: The factory's library is not installed, or does not make the network any more.
+        """
+        if self.factory is None:
+            raise CheckpointError(
+                "the folder does not say how the network's structure is made; make it yourself, and give it "
+                "to `network`, or save with `factory`"
+            )
+        if self.factory.library != "python":  # sizes of a forged file take no memory before they are checked
+            with suppress(ConfigError):
+                self._check(self.factory.build("meta"))
+        return self.network(self.factory.build(allow=allow))
 
     def network(self, structure: nn.Module) -> nn.Module:
         """The encrypted network.
@@ -90,9 +115,20 @@ class Checkpoint:
         Raises:
             CheckpointError: The structure has other tensors, or other sizes, than the victim had.
         """
+        self._check(structure)
+        copies: dict[str, Tensor] = {}
+        for names in shared(self.tensors):
+            copies |= dict.fromkeys(names, self.tensors[names[0]].clone())
+        try:
+            return fit(structure, copies, _layout(self.sites, self.configuration))
+        except SiteError as error:
+            raise CheckpointError(f"the header does not fit the network: {error}; {_REMEDY}") from error
+
+    def _check(self, structure: nn.Module) -> None:
+        """Raise where a structure has other tensors, or other sizes, than the victim had."""
         layout = _layout(self.sites, self.configuration)
         known = names_in(layout, self.tensors)
-        own = tensors_of(structure)
+        own = tensors_of(structure, self.sites)
         if different := sorted(set(own) ^ set(self.tensors)):
             raise CheckpointError(
                 f"{type(structure).__name__} is not of the saved network's architecture: "
@@ -105,10 +141,22 @@ class Checkpoint:
                     f"{type(structure).__name__} is not of the saved network's architecture: tensor {name!r} "
                     f"is {tuple(own[name].shape)}, the victim's was {expected}"
                 )
-        copies: dict[str, Tensor] = {}
-        for names in shared(self.tensors):
-            copies |= dict.fromkeys(names, self.tensors[names[0]].clone())
-        return replace_tensors(structure, copies)
+            if own[name].dtype != tensor.dtype and not (
+                own[name].is_floating_point() and tensor.is_floating_point()
+            ):
+                raise CheckpointError(
+                    f"{type(structure).__name__} is not of the saved network's architecture: tensor {name!r} "
+                    f"is {own[name].dtype}, the victim's was {tensor.dtype}"
+                )
+        modules = dict(structure.named_modules(remove_duplicate=False))
+        for setting in (setting for site in self.sites for setting in site.settings):
+            kept = vars(modules[setting.module]) if setting.module in modules else {}
+            value = kept.get(setting.name) if setting.name != "training" else None
+            if type(value) is not type(setting.victim) or value != setting.victim:
+                raise CheckpointError(
+                    f"{type(structure).__name__} is not of the saved network's architecture: its "
+                    f"{setting.module}.{setting.name} is not what the header says; {_REMEDY}"
+                )
 
 
 def save(
@@ -117,6 +165,7 @@ def save(
     key: Key,
     *,
     victim: Mapping[str, Any] | None = None,
+    factory: Factory | str | Mapping[str, Any] | None = None,
     defense: Mapping[str, Any],
 ) -> None:
     """Write an encrypted network to a new folder; all of it or nothing. The key's positions stay out of it.
@@ -125,20 +174,23 @@ def save(
         folder: Where to; must not exist yet, or be empty.
         encrypted: From `deepenc.encrypt`.
         key: Its key.
-        victim: Spec of the victim, from which its structure can be made again.
+        victim: Spec of the victim.
+        factory: How the victim's structure is made, for `Checkpoint.rebuild`.
         defense: `Defense.spec` of the defense.
 
     Raises:
+        ConfigError: The factory cannot be meant.
         CheckpointError: The folder is in use or cannot be written, or a tensor cannot be stored.
         KeyFileError: The key is another network's.
     """
     folder = Path(folder)
-    tensors = tensors_of(encrypted)
+    tensors = tensors_of(encrypted, key.sites)
     verify(tensors, key)
     layout = key.layout()
     cost = memory(_narrowed_shapes(tensors, layout), key.sites, key.configuration)
-    header = _Header(
+    header = Header(
         victim=None if victim is None else dict(victim),
+        factory=None if factory is None else Factory.of(factory),
         defense=dict(defense),
         sites=key.sites,
         configuration=key.configuration,
@@ -169,7 +221,7 @@ def load(folder: str | Path) -> Checkpoint:
         CheckpointError: A file is missing, cut, altered, of another format or from a newer version.
     """
     folder = Path(folder)
-    header = _read_header(folder / HEADER)
+    header = read_header(folder / HEADER)
     tensors = _read(folder / TENSORS)
     found = fingerprint(tensors)
     if found != header.fingerprint:
@@ -177,13 +229,14 @@ def load(folder: str | Path) -> Checkpoint:
             f"the tensors in {folder / TENSORS} are not those that were saved (fingerprint {found[:12]}, "
             f"expected {header.fingerprint[:12]}); {_REMEDY}"
         )
-    _check_fit(header, tensors, folder)
+    check_fit(header, tensors, folder)
     return Checkpoint(
         tensors,
         header.sites,
         header.configuration,
         header.fingerprint,
         header.victim,
+        header.factory,
         header.defense,
         header.memory,
     )
@@ -193,7 +246,7 @@ def decrypt_tensors(tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor
     """Take the confusion channels out of a state dict, without any network.
 
     Args:
-        tensors: The encrypted network's state dict.
+        tensors: The encrypted network's tensors, as `Checkpoint.tensors` has them.
         key: Its key.
 
     Returns:
@@ -205,12 +258,13 @@ def decrypt_tensors(tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor
     verify(tensors, key)
     layout = key.layout()
     known = names_in(layout, tensors)
+    unkept = {slot.tensor for site in key.sites for slot in site.slots if not slot.persistent}
     result: dict[str, Tensor] = {}
     for name, first in known.items():
         if name == first:
             kept = layout.kept(name, layout.narrowed_shape(name, tensors[name].shape))
             result[name] = narrow(tensors[name], kept)
-    return {name: result[first] for name, first in known.items()}
+    return {name: result[first] for name, first in known.items() if name not in unkept}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -259,11 +313,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read the tensors in {path}: {error}; {_REMEDY}") from error
 
 
-def _read_header(path: Path) -> _Header:
+def read_header(path: Path) -> Header:
+    """Read what is public of an encrypted network.
+
+    Raises:
+        CheckpointError: The file is missing, cut, altered, of another format or from a newer version.
+    """
     try:
         with open(path, "rb") as file:
-            data = file.read(_MAX_HEADER + 1)
-        document = json.loads(data) if len(data) <= _MAX_HEADER else None
+            data = file.read(MAX_HEADER + 1)
+        sane = len(data) <= MAX_HEADER and data.count(b",") <= MAX_VALUES
+        document = json.loads(data) if sane else None
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror}; give the folder of a saved encrypted network"
@@ -277,23 +337,34 @@ def _read_header(path: Path) -> _Header:
         raise CheckpointError(
             f"{path} has version {version}, this deepenc reads up to {VERSION}; install a newer deepenc"
         )
+    if fault := first_fault(document, set(Header.model_fields)):
+        raise CheckpointError(f"{path}: {fault}; {_REMEDY}")
     try:
-        header = _Header.model_validate_json(data)
+        header = Header.model_validate_json(data)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {explain(error, list(_Header.model_fields))}; {_REMEDY}") from error
-    if header != header.digested():
+        raise CheckpointError(f"{path}: {brief(error)}; {_REMEDY}") from error
+    if header.digest != _digest(document):
         raise CheckpointError(f"{path} was altered: its contents do not give its digest; {_REMEDY}")
     return header
 
 
-def _check_fit(header: _Header, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a header's contents but the digest itself."""
+    rest = {field: value for field, value in document.items() if field != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_fit(header: Header, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise where the header, forged or of another network, speaks of what the tensors do not have."""
     counts = header.configuration
     if set(counts) != {site.name for site in header.sites} or len(counts) != len(header.sites):
         raise CheckpointError(f"{folder / HEADER} lists sites and configuration that disagree; {_REMEDY}")
+    if sum(counts.values()) > MAX_CHANNELS or not all(site.slots for site in header.sites):
+        raise CheckpointError(f"{folder / HEADER} has channels that no tensor has room for; {_REMEDY}")
     for site in header.sites:
         for slot in site.slots:
-            shape = tensors[slot.tensor].shape if slot.tensor in tensors else ()
+            found = tensors.get(slot.tensor)
+            shape = found.shape if found is not None and found.numel() else ()
             end = slot.start + slot.block * (site.width + counts[site.name])
             numbers = (slot.start, slot.dim, counts[site.name], slot.block - 1, site.width - 1)
             if min(numbers) < 0 or slot.dim >= len(shape) or end > shape[slot.dim]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
-from deepenc.errors import ConfigError
+from deepenc.errors import ConfigError, PluginError
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
 from deepenc.plugins import Plugin, explain, get
@@ -90,6 +91,9 @@ class Weights(Plugin):
 
     kind: ClassVar[str] = "weights"
 
+    per_tensor: ClassVar[bool] = False
+    """Whether `fill_tensor` does: a checkpoint larger than memory is filled one tensor at a time."""
+
     @abstractmethod
     def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
         """Make the weights of one site's confusion channels.
@@ -102,6 +106,47 @@ class Weights(Plugin):
             For each gap, in order, a finite tensor of ``gap.shape``. Where two sites meet in one tensor,
             the later site's values are the ones that stay.
         """
+
+    def fill_tensor(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
+        """Make the weights of one site's confusion channels in one tensor; only where ``per_tensor``.
+
+        Args:
+            neurons: As for `fill`, with the gaps of one tensor alone.
+            rng: Randomness for this tensor.
+            channels: Gives the same numbers for each tensor of the site: for what belongs to a channel,
+                not to one of its tensors.
+
+        Returns:
+            As `fill`.
+        """
+        return self.fill(neurons, rng)
+
+
+def check_values(values: Sequence[Tensor], gaps: Sequence[Gap], blame: str) -> None:
+    """Hold weights to their word: a finite tensor for each gap, of its shape and of the victim's dtype.
+
+    Args:
+        values: What the plugin returned.
+        gaps: What it was to fill.
+        blame: The plugin, for the message.
+
+    Raises:
+        PluginError: They are not.
+    """
+    if len(values) != len(gaps):
+        raise PluginError(f"{blame}: expected a tensor for each of the {len(gaps)} gaps, got {len(values)}")
+    for gap, value in zip(gaps, values, strict=True):
+        where = f"{blame}, tensor {gap.slot.tensor!r}"
+        if not isinstance(value, Tensor) or value.shape != gap.shape or value.dtype != gap.victim.dtype:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PluginError(
+                f"{where}: expected {gap.victim.dtype} {gap.shape}, got {got}; return values of `gap.shape` "
+                "and of the victim's dtype"
+            )
+        if not torch.isfinite(value).all():
+            raise PluginError(f"{where}: expected finite values, got NaN or infinity")
 
 
 class Hardening(Plugin):

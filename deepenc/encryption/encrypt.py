@@ -11,21 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Weights
-from deepenc.encryption.key import (
-    Key,
-    check_sites,
-    derive_positions,
-    derive_rng,
-    fingerprint,
-    secret_of,
-    verify,
-)
+from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Weights, check_values
+from deepenc.encryption.fingerprint import fingerprint
+from deepenc.encryption.key import Key, check_sites, derive_positions, derive_rng, secret_of, verify
 from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Site
-from deepenc.network.surgery import Layout, narrow, remove, replace_tensors, widen
+from deepenc.network.surgery import Layout, fit, narrow, remove, widen
 from deepenc.plugins import Plugin
 
 DefenseLike = Defense | str | Mapping[str, Any] | None
@@ -40,6 +33,8 @@ def encrypt(
     seed: int | None = None,
     secret: bytes | None = None,
     sites: Sequence[Site] | None = None,
+    streams: bool = False,
+    scope: str = "",
     data: Tensor | None = None,
 ) -> tuple[nn.Module, Key]:
     """Insert confusion channels into a copy of a network.
@@ -52,6 +47,8 @@ def encrypt(
         secret: 32 secret bytes from which everything is derived; alone it is a whole key. Default: fresh
             ones from the operating system.
         sites: The victim's sites, where they are known; default: `find_sites` finds them.
+        streams: See `find_sites`.
+        scope: See `find_sites`.
         data: The defender's inputs D of Equation 1, for defenses that want them.
 
     Returns:
@@ -66,7 +63,7 @@ def encrypt(
     chosen = Defense.of(defense)
     root = secret_of(seed, secret)
     if sites is None:
-        sites = find_sites(model, example)
+        sites = find_sites(model, example, streams=streams, scope=scope)
     if chosen.placement is None:
         return _unprotected(model, sites)
     if not sites:
@@ -76,7 +73,7 @@ def encrypt(
     check_sites(sites)
     original = Original(model, tuple(sites), example, data)
     allocation = chosen.placement.place(original, derive_rng(root, "placement"))
-    allocation = _checked(chosen.placement, allocation, original.sites)
+    allocation = checked(chosen.placement, allocation, original.sites)
     return _shelter(original, derive_positions(root, sites, allocation), chosen, root, "")
 
 
@@ -93,7 +90,7 @@ def decrypt(encrypted: nn.Module, key: Key) -> nn.Module:
     Raises:
         KeyFileError: The key is another network's, or a tensor was changed since it was made.
     """
-    verify(tensors_of(encrypted), key)
+    verify(tensors_of(encrypted, key.sites), key)
     return remove(encrypted, key.layout())
 
 
@@ -103,31 +100,37 @@ def reshelter(
     defense: DefenseLike = "paper-samp",
     *,
     example: Any,
+    rotate: bool = False,
     seed: int | None = None,
     secret: bytes | None = None,
     data: Tensor | None = None,
 ) -> tuple[nn.Module, Key]:
-    """Encrypt a decrypted network again after authorised fine-tuning: same positions, new confusion weights.
+    """Encrypt a decrypted network again: new confusion weights, at the same positions or at new ones.
 
-    The paper does it by "calling the initialisation module one more time" (Section 2.2). **Do not release
-    both networks**: fine-tuned weights have moved a little, redrawn ones altogether, so that whoever holds
-    both releases reads the key off their difference. Encrypt with a new key, and withdraw the old
-    release, where that matters.
+    The paper does it after authorised fine-tuning, by "calling the initialisation module one more time"
+    (Section 2.2). **Do not release both networks**: fine-tuned weights have moved a little, redrawn ones
+    altogether, so that whoever holds both releases reads the key off their difference. New positions do
+    not change that: the victim's channels are those that both releases have (docs/keys.md has figures).
+    Withdraw the old release first.
 
     Args:
         model: The fine-tuned network, of the victim's architecture; left as it is.
         key: The key of the first encryption.
         defense: Its weights and hardening are applied; its placement is not asked again.
         example: An example input.
-        seed: Makes the run repeatable; whoever guesses the seed knows the confusion weights.
+        rotate: Draw new positions, as many at each site as the old key has. The old key, once leaked, then
+            opens nothing that is released from now on.
+        seed: Makes the run repeatable; whoever guesses the seed knows the confusion weights, and the new
+            positions.
         secret: 32 secret bytes instead of a seed; default: fresh ones.
         data: The defender's inputs D of Equation 1.
 
     Returns:
-        The encrypted network and its key, which differs from the first only in the fingerprint.
+        The encrypted network and its key, which, if not rotated, differs from the first only in the
+        fingerprint.
 
     Raises:
-        ConfigError: The defense inserts nothing.
+        ConfigError: The defense inserts nothing, or the new positions are the old ones.
         PluginError: A plugin of the defense is unknown or broke its interface.
         SiteError: The network is not of the key's architecture.
     """
@@ -135,13 +138,19 @@ def reshelter(
     if chosen.placement is None:
         raise ConfigError(f"the defense {chosen.name!r} inserts nothing; reshelter with one that does")
     original = Original(model, key.sites, example, data)
+    root = secret_of(seed, secret)
+    positions = key.positions
+    if rotate:
+        positions = derive_positions(root, key.sites, key.configuration)
+        if positions == dict(key.positions):
+            raise ConfigError("the new positions are the old key's; rotate with another secret or seed")
     # Bound to the last release: the same seed twice must not draw the same confusion weights twice.
-    return _shelter(original, key.positions, chosen, secret_of(seed, secret), key.fingerprint)
+    return _shelter(original, positions, chosen, root, key.fingerprint)
 
 
 def _unprotected(model: nn.Module, sites: Sequence[Site]) -> tuple[nn.Module, Key]:
     released = copy.deepcopy(model)
-    return released, Key(tuple(sites), {}, fingerprint(tensors_of(released)))
+    return released, Key(tuple(sites), {}, fingerprint(tensors_of(released, sites)))
 
 
 def _shelter(
@@ -152,7 +161,7 @@ def _shelter(
     release: str,
 ) -> tuple[nn.Module, Key]:
     layout = Layout(original.sites, positions)
-    victim = tensors_of(original.model)
+    victim = tensors_of(original.model, original.sites)
     if strangers := sorted(set(layout.changed()) - set(victim)):
         raise SiteError(f"the network lacks the sites' tensors {strangers[:5]}; are they another network's?")
     widened = {
@@ -168,11 +177,11 @@ def _shelter(
         if layout.positions[site.name]:
             rng = derive_rng(secret, f"weights {release}", site.name)
             _fill(site, layout, victim, widened, defense.weights, rng)
-    network = replace_tensors(original.model, widened)
+    network = fit(original.model, widened, layout)
     for number, step in enumerate(defense.hardening):
         step.harden(network, layout, original, derive_rng(secret, f"hardening {number} {release}"))
         _check_hardened(step, network, layout, victim)
-    return network, Key(original.sites, dict(positions), fingerprint(tensors_of(network)))
+    return network, Key(original.sites, dict(positions), fingerprint(tensors_of(network, original.sites)))
 
 
 def _fill(
@@ -191,25 +200,14 @@ def _fill(
         shape[slot.dim] = len(positions) * slot.block
         gaps.append(Gap(slot, victim[slot.tensor], tuple(shape)))
     values = weights.fill(Neurons(site, len(positions), tuple(gaps)), rng)
-    blame = f"weights {weights.name!r}, site {site.name!r}"
-    if len(values) != len(gaps):
-        raise PluginError(f"{blame}: expected a tensor for each of the {len(gaps)} gaps, got {len(values)}")
+    check_values(values, gaps, f"weights {weights.name!r}, site {site.name!r}")
     for gap, value in zip(gaps, values, strict=True):
-        where = f"{blame}, tensor {gap.slot.tensor!r}"
-        if not isinstance(value, Tensor) or value.shape != gap.shape or value.dtype != gap.victim.dtype:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise PluginError(
-                f"{where}: expected {gap.victim.dtype} {gap.shape}, got {got}; return values of `gap.shape` "
-                "and of the victim's dtype"
-            )
-        if not torch.isfinite(value).all():
-            raise PluginError(f"{where}: expected finite values, got NaN or infinity")
         target = widened[gap.slot.tensor]
         entries = layout.forged(site, gap.slot)
         target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
 
 
-def _checked(placement: Plugin, allocation: object, sites: Sequence[Site]) -> Allocation:
+def checked(placement: Plugin, allocation: object, sites: Sequence[Site]) -> Allocation:
     """What a placement returned, as plain integers, if it is an allocation at all."""
     blame = f"placement {placement.name!r}"
     if not isinstance(allocation, Mapping):
@@ -236,7 +234,7 @@ def _checked(placement: Plugin, allocation: object, sites: Sequence[Site]) -> Al
 def _check_hardened(step: Plugin, network: nn.Module, layout: Layout, victim: Mapping[str, Tensor]) -> None:
     """Hold a hardening to its word: it may change confusion entries only."""
     blame = f"hardening {step.name!r}"
-    now = tensors_of(network)
+    now = tensors_of(network, layout.sites)
     if set(now) != set(victim):
         raise PluginError(f"{blame} added or took away tensors: {sorted(set(now) ^ set(victim))[:5]}")
     known = names_in(layout, victim)

@@ -19,18 +19,24 @@ _NORM = {Role.SCALE, Role.SHIFT, Role.MEAN, Role.VARIANCE}
 _DEFAULTS = {Role.BIAS: 0.0, Role.SCALE: 1.0, Role.SHIFT: 0.0, Role.MEAN: 0.0, Role.VARIANCE: 1.0}
 
 
-def sample(neurons: Neurons, rng: np.random.Generator, norms: Norms = "independent") -> list[Tensor]:
+def sample(
+    neurons: Neurons,
+    rng: np.random.Generator,
+    norms: Norms = "independent",
+    channels: np.random.Generator | None = None,
+) -> list[Tensor]:
     """Draw every entry, with replacement, from the original entries of the same tensor.
 
     Args:
         neurons: What to fill.
         rng: The only source of randomness.
         norms: With ``"joint"``, the normalisation vectors of a neuron all come from one real channel.
+        channels: Chooses those real channels; default: ``rng``.
 
     Returns:
         A tensor of ``gap.shape`` for each gap.
     """
-    models = rng.integers(neurons.site.width, size=neurons.count) if norms == "joint" else None
+    models = (channels or rng).integers(neurons.site.width, size=neurons.count) if norms == "joint" else None
     values = []
     for gap in neurons.gaps:
         if models is not None and gap.slot.role in _NORM and _is_vector(gap):

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import comb, log2
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from deepenc.encryption.fingerprint import fingerprint
 from deepenc.encryption.ranks import rank, unrank
 from deepenc.encryption.sealing import COST, lock, unlock
 from deepenc.errors import ConfigError, KeyFileError, SiteError
@@ -26,6 +28,7 @@ from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout
 
 _MAX_FILE = 2**24  # a key takes a few bytes a site; nobody's key is larger than this
+_MAX_CHANNELS = 2**18  # of one site, confusion channels included: unranking takes their number squared
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ class Key:
 
 def check_sites(sites: Sequence[Site]) -> None:
     """Raise SiteError where two sites have one name."""
-    names = [site.name for site in sites]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(site.name for site in sites)
+    if twice := sorted(name for name, number in names.items() if number > 1):
         raise SiteError(f"the names of sites must be unique, got twice: {twice[:5]}")
 
 
@@ -196,26 +199,6 @@ def _below(limit: int, stream_key: bytes) -> int:
             return number
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors: names, dtypes, shapes and bytes, sorted by name; 64 hex digits.
-
-    Each tensor is hashed by itself, on several cores, and the digests together once more.
-    """
-    names = sorted(tensors)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(_digest, (tensors[name] for name in names))
-        entries = [
-            [name, str(tensors[name].dtype), list(tensors[name].shape), digest]
-            for name, digest in zip(names, digests, strict=True)
-        ]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
-
-
 def verify(tensors: Mapping[str, Tensor], key: Key) -> None:
     """Check that a key belongs to these encrypted tensors.
 
@@ -231,61 +214,122 @@ def verify(tensors: Mapping[str, Tensor], key: Key) -> None:
         )
 
 
-def seal(key: Key, passphrase: str, cost: int = COST) -> bytes:
-    """Seal a key with a passphrase; the sites themselves stay with the encrypted network.
+class _Content(BaseModel):
+    """What is sealed. Anybody can seal for a public key, so that it is not to be trusted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    ranks: dict[str, tuple[Annotated[int, Field(ge=1)], Annotated[str, Field(pattern="^[0-9a-f]+$")]]]
+    sites: str
+    fingerprint: str
+
+
+def seal(
+    key: Key,
+    passphrase: str | None = None,
+    cost: int = COST,
+    *,
+    recipients: Sequence[X25519PublicKey] = (),
+) -> bytes:
+    """Seal a key with a passphrase, for recipients, or both; the sites stay with the encrypted network.
 
     Args:
         key: The key.
-        passphrase: Not empty.
+        passphrase: Not empty; None for recipients only.
         cost: scrypt's n, a power of two in [2**10, 2**18].
+        recipients: X25519 public keys, at most 256; the owner of any of them opens the key alone.
 
     Raises:
-        ConfigError: The passphrase is empty, or the cost out of range.
+        ConfigError: Neither a passphrase nor a recipient, or one that is unusable; the cost is out of range;
+            a site has more than 2**18 channels.
     """
+    for site in key.sites:
+        if (total := site.width + len(key.positions.get(site.name, ()))) > _MAX_CHANNELS:
+            raise ConfigError(
+                f"a sealed key takes sites of at most {_MAX_CHANNELS} channels, {site.name!r} has {total}; "
+                "keep the secret instead"
+            )
     content = {
         "ranks": {name: [len(key.positions[name]), f"{number:x}"] for name, number in key.ranks().items()},
         "sites": _sites_digest(key.sites),
         "fingerprint": key.fingerprint,
     }
-    return lock(json.dumps(content).encode(), passphrase, cost)
+    return lock(json.dumps(content).encode(), passphrase, cost, recipients=recipients)
 
 
-def unseal(data: bytes, passphrase: str, sites: Sequence[Site]) -> Key:
-    """Open a sealed key.
+def unseal(
+    data: bytes,
+    passphrase: str | None = None,
+    sites: Sequence[Site] = (),
+    *,
+    identity: X25519PrivateKey | None = None,
+) -> Key:
+    """Open a sealed key, with its passphrase or with a recipient's private key.
 
     Args:
-        data: From `seal`.
+        data: From `seal`, of this version or an earlier one.
         passphrase: The one it was sealed with.
         sites: The victim's sites, as the encrypted network's checkpoint has them.
+        identity: The private key of one of its recipients; tried first where both are given.
 
     Raises:
-        KeyFileError: Another passphrase, sites of another network, or the data is cut, altered, of another
-            format or from a newer version.
+        KeyFileError: Another passphrase or private key, sites of another network, or the data is cut,
+            altered, of another format or from a newer version.
+        ConfigError: Neither a passphrase nor a private key is given.
     """
-    content: dict[str, Any] = json.loads(unlock(data, passphrase))
-    if content["sites"] != _sites_digest(sites):
+    opened = unlock(data, passphrase, identity=identity)
+    try:
+        content = _Content.model_validate_json(opened)
+    except ValidationError:
+        raise KeyFileError(
+            "the key file opens, but holds no key of deepenc's; ask whoever sealed it for another"
+        ) from None
+    if content.sites != _sites_digest(sites):
         raise KeyFileError(
             "the key was made for other sites than these; open it with the checkpoint of its own network"
         )
-    counts = {name: count for name, (count, _) in content["ranks"].items()}
-    ranks = {name: int(number, 16) for name, (_, number) in content["ranks"].items()}
-    return Key.from_ranks(sites, counts, ranks, content["fingerprint"])
+    counts = {name: count for name, (count, _) in content.ranks.items()}
+    ranks = {name: int(number, 16) for name, (_, number) in content.ranks.items()}
+    totals = {site.name: site.width + counts[site.name] for site in sites if site.name in counts}
+    if set(totals) == set(counts) and all(
+        total <= _MAX_CHANNELS and ranks[name] < comb(total, counts[name]) for name, total in totals.items()
+    ):
+        return Key.from_ranks(sites, counts, ranks, content.fingerprint)
+    raise KeyFileError(
+        "the key file opens, but its positions do not fit the sites; ask whoever sealed it for another"
+    )
 
 
 def _sites_digest(sites: Sequence[Site]) -> str:
     # Without it, altered sites beside unaltered tensors would turn the right key into a wrong network.
-    return hashlib.sha256(json.dumps([asdict(site) for site in sites], sort_keys=True).encode()).hexdigest()
+    # Fields that sites gained later are left out where they say nothing, so that older keys still open.
+    plain = [asdict(site) for site in sites]
+    for site in plain:
+        for name in ("contracted", "settings"):
+            if not site[name]:
+                del site[name]
+        for slot in site["slots"]:
+            if slot["persistent"]:
+                del slot["persistent"]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def save_key(key: Key, path: str | Path, passphrase: str, cost: int = COST) -> None:
-    """Seal a key and write it to a file that only its owner can read; all of it or nothing.
+def save_key(
+    key: Key,
+    path: str | Path,
+    passphrase: str | None = None,
+    cost: int = COST,
+    *,
+    recipients: Sequence[X25519PublicKey] = (),
+) -> None:
+    """Seal a key, as `seal` does, and write it to a file that only its owner can read; all of it or nothing.
 
     Raises:
         KeyFileError: The file cannot be written.
-        ConfigError: The passphrase is empty.
+        ConfigError: It cannot be sealed.
     """
     path = Path(path)
-    data = seal(key, passphrase, cost)
+    data = seal(key, passphrase, cost, recipients=recipients)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         try:
@@ -300,12 +344,19 @@ def save_key(key: Key, path: str | Path, passphrase: str, cost: int = COST) -> N
         ) from error
 
 
-def load_key(path: str | Path, passphrase: str, sites: Sequence[Site]) -> Key:
-    """Read a key that `save_key` wrote.
+def load_key(
+    path: str | Path,
+    passphrase: str | None = None,
+    sites: Sequence[Site] = (),
+    *,
+    identity: X25519PrivateKey | None = None,
+) -> Key:
+    """Read a key that `save_key` wrote, and open it as `unseal` does.
 
     Raises:
-        KeyFileError: No such file, another passphrase, sites of another network, or the file is cut,
-            altered, of another format or from a newer version.
+        KeyFileError: No such file, another passphrase or private key, sites of another network, or the file
+            is cut, altered, of another format or from a newer version.
+        ConfigError: Neither a passphrase nor a private key is given.
     """
     try:
         with open(path, "rb") as file:
@@ -316,4 +367,4 @@ def load_key(path: str | Path, passphrase: str, sites: Sequence[Site]) -> Key:
         ) from error
     if len(data) > _MAX_FILE:
         raise KeyFileError(f"{path} is too large for a key; give the path of a key that deepenc saved")
-    return unseal(data, passphrase, sites)
+    return unseal(data, passphrase, sites, identity=identity)

@@ -47,7 +47,9 @@ def unrank(number: int, total: int, count: int) -> tuple[int, ...]:
         ConfigError: The number is no rank of such a combination.
     """
     if not 0 <= count <= total or not 0 <= number < comb(total, count):
-        raise ConfigError(f"expected the rank of {count} positions among {total}, got {number}")
+        # A rank may have more digits than Python prints.
+        size = f"a number of {number.bit_length()} bits" if number >= 0 else "a negative number"
+        raise ConfigError(f"expected the rank of {count} positions among {total}, got {size}")
     positions = []
     n, k = total - 1, count
     ways = comb(n, k) if n >= 0 else 0

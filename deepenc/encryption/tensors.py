@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from deepenc.network.sites import Site
+from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 
 
-def tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a network's state dict, detached, not copied."""
-    return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+def tensors_of(network: nn.Module, sites: Iterable[Site] = ()) -> dict[str, Tensor]:
+    """The tensors of a network's state dict, detached, not copied.
+
+    Args:
+        network: Any network.
+        sites: Where these lie in buffers that no state dict keeps (the frequencies of a rotary embedding),
+            those buffers are among the result, at its end.
+    """
+    tensors = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    unkept = {slot.tensor for site in sites for slot in site.slots} - tensors.keys()
+    own = named_tensors(network) if unkept else {}
+    return tensors | {name: own[name].detach() for name in sorted(unkept & own.keys())}
 
 
 def shared(tensors: Mapping[str, Tensor]) -> list[list[str]]:

@@ -42,6 +42,7 @@ class Channels:
         roles: Role of an owner's entries, by (tensor, dim).
         reason: Channel -> why it cannot be widened.
         stream: Channels that additions of activations tie together.
+        contracted: Channels over which activations are multiplied with one another.
     """
 
     channel: NDArray[np.int32]
@@ -49,6 +50,7 @@ class Channels:
     roles: dict[tuple[str, int], Role]
     reason: dict[int, str]
     stream: frozenset[int]
+    contracted: frozenset[int]
 
     def of(self, owner: Owner) -> NDArray[np.int32]:
         """Channels along a dimension, ``(size,)``."""
@@ -63,8 +65,9 @@ class Axes:
         self.roles: dict[tuple[str, int], Role] = {}
         self._count = 0
         self._ties: list[tuple[Labels, Labels]] = []
+        self._additions: list[tuple[Labels, Labels]] = []
         self._fixes: list[tuple[Labels, str]] = []
-        self._streams: list[Labels] = []
+        self._contracted: list[Labels] = []
         self._rigid: list[str] = []
 
     def own(self, tensor: str, dim: int, size: int) -> Labels:
@@ -83,13 +86,15 @@ class Axes:
         if axis is not None:
             self._fixes.append((axis[axis >= 0], reason))
 
-    def tie(self, first: Axis, second: Axis, reason: str) -> Axis:
+    def tie(self, first: Axis, second: Axis, reason: str, *, addition: bool = False) -> Axis:
         """Say that two dimensions of one size carry the same channels.
 
         Args:
             first: An axis.
             second: Another.
             reason: Why the one cannot be widened if the other is fixed.
+            addition: Whether an addition of activations ties them; where nothing else does, it makes a
+                residual stream.
 
         Returns:
             An axis that stands for both.
@@ -100,15 +105,15 @@ class Axes:
             return None
         if first is not second:
             free = (first >= 0) & (second >= 0)
-            self._ties.append((first[free], second[free]))
+            (self._additions if addition else self._ties).append((first[free], second[free]))
             self.fix(np.where(second < 0, first, -1), reason)
             self.fix(np.where(first < 0, second, -1), reason)
         return first
 
-    def mark_stream(self, axis: Axis) -> None:
-        """Say that an addition of activations joins these channels."""
+    def contract(self, axis: Axis) -> None:
+        """Say that activations are multiplied with one another over these channels."""
         if axis is not None:
-            self._streams.append(axis[axis >= 0])
+            self._contracted.append(axis[axis >= 0])
 
     def role(self, axis: Axis, role: Role) -> None:
         """Say what a parameter's entries are to their channels; the first word counts."""
@@ -121,17 +126,25 @@ class Axes:
 
     def solve(self) -> Channels:
         """Turn ties into channels."""
-        rows, columns = (
-            np.concatenate([np.empty(0, np.int64), *(tie[side] for tie in self._ties)]) for side in (0, 1)
-        )
-        links = coo_array((np.ones(len(rows), np.int8), (rows, columns)), (self._count, self._count))
-        _, channel = connected_components(links, directed=False)
+        inner = self._components(self._ties)
+        channel = self._components(self._ties + self._additions)
         reason: dict[int, str] = {}
         for labels, why in self._fixes:
             for fixed in np.unique(channel[labels]):
                 reason.setdefault(int(fixed), why)
-        stream = frozenset(int(c) for labels in self._streams for c in np.unique(channel[labels]))
-        return Channels(channel, tuple(self.owners), self.roles, reason, stream)
+        streams = [first[inner[first] != inner[second]] for first, second in self._additions]
+        stream, contracted = (
+            frozenset(int(c) for labels in several for c in np.unique(channel[labels]))
+            for several in (streams, self._contracted)
+        )
+        return Channels(channel, tuple(self.owners), self.roles, reason, stream, contracted)
+
+    def _components(self, ties: list[tuple[Labels, Labels]]) -> NDArray[np.int32]:
+        rows, columns = (
+            np.concatenate([np.empty(0, np.int64), *(tie[side] for tie in ties)]) for side in (0, 1)
+        )
+        links = coo_array((np.ones(len(rows), np.int8), (rows, columns)), (self._count, self._count))
+        return connected_components(links, directed=False)[1]
 
 
 def merge(axes: Axes, parts: Sequence[tuple[Axis, int]], reason: str) -> Axis:
@@ -170,7 +183,7 @@ def fold(axes: Axes, axis: Axis, parts: int, reason: str) -> Axis:
 def split(axes: Axes, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
     """The axes of one dimension seen as several; the inverse of `merge` where there is one.
 
-    Only one of them can stay widenable. Where the labels do not say which, it is the largest (the width of
+    Only one of them can stay widenable. Where the labels do not say which, it is the last (the width of
     attention heads, the channels of a group), and the entries along the others are tied.
 
     Args:
@@ -189,7 +202,7 @@ def split(axes: Axes, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axi
         if (along == along[0]).all():
             result[dim] = along[0]
             return result
-    dim = max(wide, key=lambda d: (sizes[d], d))
+    dim = wide[-1]
     flat = np.moveaxis(grid, dim, -1).reshape(-1)
     result[dim] = fold(axes, flat, len(flat) // sizes[dim], reason)
     return result

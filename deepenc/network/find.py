@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from deepenc.errors import SiteError
 from deepenc.network.axes import Channels, Owner
-from deepenc.network.graph import trace
+from deepenc.network.graph import arguments_of, trace
 from deepenc.network.proof import prove
 from deepenc.network.sites import Role, Site, Slot
 
@@ -40,7 +41,7 @@ class Analysis:
     left_out: tuple[LeftOut, ...] = field(default=())
 
 
-def find_sites(model: nn.Module, example: Any, *, streams: bool = False) -> list[Site]:
+def find_sites(model: nn.Module, example: Any, *, streams: bool = False, scope: str = "") -> list[Site]:
     """Find where confusion channels can be inserted into a network.
 
     Each site is proved: with random confusion channels of zero outgoing weight inserted at all sites, the
@@ -52,12 +53,14 @@ def find_sites(model: nn.Module, example: Any, *, streams: bool = False) -> list
         example: An input: a tensor, or a tuple (positional) or dict (keywords) of arguments.
         streams: Include residual streams, whose channels additions tie over many layers. The paper inserts
             inside blocks only.
+        scope: Path of a submodule (``backbone.body``) in which alone to look, where the whole network cannot
+            be followed, as detectors cannot. It is followed on what it is given when the network runs.
 
     Raises:
         TraceError: The network does not run on the example.
         SiteError: It has no site.
     """
-    sites = list(analyse(model, example, streams=streams).sites)
+    sites = list(analyse(model, example, streams=streams, scope=scope).sites)
     if not sites:
         raise SiteError(
             f"{type(model).__name__} has no site: no layer's channels go to other layers alone; "
@@ -66,26 +69,50 @@ def find_sites(model: nn.Module, example: Any, *, streams: bool = False) -> list
     return sites
 
 
-def analyse(model: nn.Module, example: Any, *, streams: bool = False) -> Analysis:
+def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str = "") -> Analysis:
     """Like `find_sites`, but explains what was left out instead of raising on an empty list."""
+    if scope:
+        part, inputs = arguments_of(model, example, scope)
+        return _outside(analyse(part, inputs, streams=streams), scope)
     channels = trace(model, example)
     candidates, left_out = _candidates(channels)
+    persistent = model.state_dict().keys()
+    candidates = tuple(
+        replace(
+            site,
+            slots=tuple(replace(slot, persistent=slot.tensor in persistent) for slot in site.slots),
+        )
+        for site in candidates
+    )
     unwanted = () if streams else tuple(site for site in candidates if site.stream)
     candidates = tuple(site for site in candidates if streams or not site.stream)
-    left_out += [
-        LeftOut(slot.tensor, site.width, "it belongs to a residual stream (pass streams=True)")
-        for site in unwanted
-        for slot in site.slots
-        if slot.role is Role.INCOMING
-    ]
     proved, refuted = prove(model, example, candidates)
-    left_out += [
-        LeftOut(slot.tensor, site.width, f"a probe insertion failed: {reason}")
-        for site, reason in refuted
-        for slot in site.slots
-        if slot.role is Role.INCOMING
-    ]
+    for site, reason in [
+        *((site, "it belongs to a residual stream (pass streams=True)") for site in unwanted),
+        *((site, f"a probe insertion failed: {reason}") for site, reason in refuted),
+    ]:
+        made = [slot for slot in site.slots if slot.role is Role.INCOMING]
+        sizes = Counter({slot.tensor: 0 for slot in made})
+        for slot in made:
+            sizes[slot.tensor] += site.width * slot.block
+        left_out += [LeftOut(layer, size, reason) for layer, size in sizes.items()]
     return Analysis(tuple(proved), tuple(left_out))
+
+
+def _outside(found: Analysis, scope: str) -> Analysis:
+    """What was found in a submodule, by the names of the whole network."""
+    sites = tuple(
+        replace(
+            site,
+            name=f"{scope}.{site.name}",
+            slots=tuple(replace(slot, tensor=f"{scope}.{slot.tensor}") for slot in site.slots),
+            settings=tuple(
+                replace(setting, module=f"{scope}.{setting.module}".rstrip(".")) for setting in site.settings
+            ),
+        )
+        for site in found.sites
+    )
+    return Analysis(sites, tuple(replace(item, layer=f"{scope}.{item.layer}") for item in found.left_out))
 
 
 def _candidates(channels: Channels) -> tuple[tuple[Site, ...], list[LeftOut]]:
@@ -140,11 +167,13 @@ def _site(
 ) -> Site | str:
     """Make a site of channels, or say why they are none."""
     slots: list[Slot] = []
+    order = np.full(int(channels.channel.max()) + 1, -1)
+    order[members] = np.arange(len(members))
     for owner in where:
-        role = channels.roles.get((owner.tensor, owner.dim))
+        role = channels.roles.get((owner.tensor, owner.dim)) or _role_of_vector(channels, owner)
         if role is None:
             return f"what dimension {owner.dim} of {owner.tensor} does with it is not known"
-        found = _slots(channels.of(owner), members, owner, role)
+        found = _slots(order, channels.of(owner), owner, role)
         if found is None:
             return f"its channels are not in one order in dimension {owner.dim} of {owner.tensor}"
         slots += found
@@ -155,22 +184,43 @@ def _site(
     first = next(slot for slot in slots if slot.tensor == maker.tensor and slot.dim == maker.dim)
     if name in taken or (len(members) * first.block < maker.size and first.start):
         name += f"[{first.start}]"
-    stream = bool(channels.stream.intersection(members))
-    return Site(name, len(members), tuple(slots), stream)
+    return Site(
+        name,
+        len(members),
+        tuple(slots),
+        stream=bool(channels.stream.intersection(members)),
+        contracted=bool(channels.contracted.intersection(members)),
+    )
 
 
-def _slots(along: NDArray[np.int32], members: list[int], owner: Owner, role: Role) -> list[Slot] | None:
-    """Where the members lie along a dimension: runs of all of them, in order, each in equal blocks."""
-    order = np.full(int(along.max()) + 1 if len(along) else 0, -1)
-    order[[m for m in members if m < len(order)]] = [i for i, m in enumerate(members) if m < len(order)]
+def _role_of_vector(channels: Channels, owner: Owner) -> Role | None:
+    """The role of a vector that met the network only after some arithmetic, as in a frozen BatchNorm."""
+    if any(other.size > 1 for other in channels.owners if other.tensor == owner.tensor and other != owner):
+        return None
+    endings = {"running_mean": Role.MEAN, "running_var": Role.VARIANCE}
+    return endings.get(owner.tensor.rpartition(".")[2], Role.SCALE)
+
+
+def _slots(order: NDArray[np.int64], along: NDArray[np.int32], owner: Owner, role: Role) -> list[Slot] | None:
+    """Where a site's channels lie along a dimension: runs of all of them, in order, each in equal blocks.
+
+    Args:
+        order: Place of each channel of the network in the site; -1 for those of others, ``(channels,)``.
+        along: Channels along the dimension, ``(size,)``.
+        owner: The dimension.
+        role: What its entries do.
+    """
     index = order[along]
     entries = np.flatnonzero(index >= 0)
     sequence = index[entries]
+    width = int(sequence.max()) + 1
+    if width == 1 and len(sequence) > 1:
+        return None  # a block and several runs of a single channel look alike
     block = int(np.argmax(sequence != 0)) or len(sequence)
-    run = len(members) * block
-    if len(sequence) % run or (sequence.reshape(-1, run) != np.repeat(np.arange(len(members)), block)).any():
+    run = width * block
+    if len(sequence) % run or (sequence.reshape(-1, width, block) != np.arange(width)[:, None]).any():
         return None
-    starts = entries.reshape(-1, run)
-    if (np.diff(starts, axis=1) != 1).any():
+    starts = entries[::run]
+    if (entries.reshape(-1, run) != starts[:, None] + np.arange(run)).any():
         return None
-    return [Slot(owner.tensor, owner.dim, role, int(row[0]), block) for row in starts]
+    return [Slot(owner.tensor, owner.dim, role, int(start), block) for start in starts]

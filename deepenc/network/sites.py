@@ -31,6 +31,7 @@ class Slot:
         role: What the entries do for the channel.
         start: First entry of channel 0.
         block: Consecutive entries that each channel takes (49 where a 7x7 map was flattened).
+        persistent: Whether a state dict keeps the tensor; the frequencies of a rotary embedding it does not.
     """
 
     tensor: str
@@ -38,6 +39,31 @@ class Slot:
     role: Role
     start: int = 0
     block: int = 1
+    persistent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A number that a module keeps of a site's width, and that its forward pass reads: a head's width.
+
+    Attributes:
+        module: Path of the module.
+        name: The attribute.
+        victim: Its value in the victim.
+        step: What each confusion channel adds to it. A flag (a bool) has no step: it is turned over in a
+            network that has confusion channels.
+    """
+
+    module: str
+    name: str
+    victim: int | bool
+    step: int = 0
+
+    def value(self, count: int) -> int | bool:
+        """Its value in a network with ``count`` confusion channels at the site."""
+        if isinstance(self.victim, bool):
+            return self.victim != bool(count)
+        return self.victim + self.step * count
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +75,14 @@ class Site:
         width: Number of channels ``C >= 1``.
         slots: Where the channels lie; at least one is incoming and one outgoing.
         stream: Whether additions of activations tie the channels (a residual stream).
+        contracted: Whether activations are multiplied with one another over the channels (queries with
+            keys). A channel of such a site is silent only if what comes in is zero, too.
+        settings: Attributes of modules that follow the width.
     """
 
     name: str
     width: int
     slots: tuple[Slot, ...]
     stream: bool = False
+    contracted: bool = False
+    settings: tuple[Setting, ...] = ()

@@ -1,12 +1,11 @@
 """Insert channels into tensors and remove them again; removal is the exact inverse of insertion.
 
-Everything here works on state dicts, sites and positions alone; `resize` then makes a module agree
-with its new tensors.
+Everything here works on tensors, sites and positions alone; `deepenc.network.structure` then puts the
+tensors into a network.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deepenc.errors import SiteError
-from deepenc.network.sites import Site, Slot
+from deepenc.network.sites import Setting, Site, Slot
+from deepenc.network.structure import State, named_tensors, replace_tensors
 
-State = Mapping[str, Tensor]
 Positions = Mapping[str, tuple[int, ...]]
 """Site name -> sorted positions of its confusion channels among all its channels, real ones included."""
 
@@ -158,6 +157,7 @@ class Layout:
                 site,
                 width=site.width + len(self.positions[site.name]),
                 slots=tuple(self.widened_slot(slot) for slot in site.slots),
+                settings=_settled(site, len(self.positions[site.name])),
             )
             for site in self.sites
         )
@@ -194,8 +194,18 @@ def narrow_sites(sites: Sequence[Site], channels: Positions) -> tuple[Site, ...]
             site,
             width=site.width - len(channels.get(site.name, ())),
             slots=tuple(moved[slot] for slot in site.slots),
+            settings=_settled(site, -len(channels.get(site.name, ()))),
         )
         for site in sites
+    )
+
+
+def _settled(site: Site, count: int) -> tuple[Setting, ...]:
+    """A site's settings as a network with other widths has them; a flag stays as that network has it."""
+    return tuple(
+        replace(setting, victim=setting.value(count))
+        for setting in site.settings
+        if not isinstance(setting.victim, bool)
     )
 
 
@@ -207,8 +217,10 @@ def widen(tensor: Tensor, kept: Mapping[int, Tensor], shape: Sequence[int]) -> T
         kept: From `Layout.kept`.
         shape: From `Layout.widened_shape`.
     """
-    result = tensor.new_zeros(tuple(shape))
-    _spread(result, tensor, sorted(kept.items()))
+    order = _order(tensor)
+    result = tensor.new_zeros([shape[d] for d in order]).permute(_inverse(order))
+    if not result.is_meta:
+        _spread(result, tensor, sorted(kept.items()))
     return result
 
 
@@ -235,25 +247,36 @@ def _spread(target: Tensor, source: Tensor, kept: Sequence[tuple[int, Tensor]]) 
 
 def narrow(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """Take the victim's entries out of a widened tensor; the exact inverse of `widen`."""
+    order = _order(tensor)
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.contiguous()
+    return tensor.permute(order).contiguous().permute(_inverse(order))
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Dimensions from the outermost in memory to the innermost: the same sums need the same order."""
+    strides = tensor.stride()
+    return (
+        sorted(range(tensor.dim()), key=lambda d: -strides[d]) if 0 not in strides else [*range(tensor.dim())]
+    )
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]
 
 
 def insert(network: nn.Module, layout: Layout) -> nn.Module:
     """A copy of a network with zero-filled confusion channels; the given network is untouched."""
-    state = network.state_dict()
-    return replace_tensors(
-        network,
-        {
-            name: widen(
-                state[name],
-                layout.kept(name, state[name].shape),
-                layout.widened_shape(name, state[name].shape),
-            )
-            for name in layout.changed()
-        },
-    )
+    state = named_tensors(network)
+    tensors = {
+        name: widen(
+            state[name],
+            layout.kept(name, state[name].shape),
+            layout.widened_shape(name, state[name].shape),
+        )
+        for name in layout.changed()
+    }
+    return fit(network, tensors, layout)
 
 
 def remove(network: nn.Module, layout: Layout) -> nn.Module:
@@ -266,70 +289,40 @@ def remove(network: nn.Module, layout: Layout) -> nn.Module:
     Raises:
         SiteError: The network does not have the tensors or sizes of the layout.
     """
-    state = network.state_dict()
+    state = named_tensors(network)
     tensors = {}
     for name in layout.changed():
         if name not in state:
             raise SiteError(f"the network has no tensor {name!r}; is the key of another network?")
         shape = layout.narrowed_shape(name, state[name].shape)
         tensors[name] = narrow(state[name], layout.kept(name, shape))
-    return replace_tensors(network, tensors)
+    return fit(network, tensors, layout, inserted=False)
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, those that no state dict keeps too; tied ones by each name."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    return tensors
-
-
-def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
-    """Copy a network's structure around other tensors, of any shapes; the given model is untouched.
+def fit(model: nn.Module, tensors: State, layout: Layout, *, inserted: bool = True) -> nn.Module:
+    """Copy a network's structure around tensors that a layout widened, or that it narrowed again.
 
     Args:
-        model: The structure; its own tensors are not copied where others replace them.
-        tensors: State-dict names to tensors; taken as they are, not cloned.
+        model: The structure, as in `replace_tensors`.
+        tensors: Names to tensors; taken as they are, not cloned.
+        layout: Says which attributes of modules follow the widths.
+        inserted: Whether the tensors have the confusion channels.
 
     Raises:
-        SiteError: A tensor has no place in the model.
+        SiteError: A tensor or a setting has no place in the model.
     """
-    # Both names of a tied tensor map to one object, so that it stays tied.
-    own = named_tensors(model)
-    if strangers := sorted(set(tensors) - set(own)):
-        raise SiteError(f"tensors {strangers[:5]} have no place in {type(model).__name__}")
-    memo: dict[int, object] = {}
-    for name, tensor in tensors.items():
-        old = own[name]
-        if isinstance(old, nn.Parameter):
-            memo[id(old)] = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-        else:
-            memo[id(old)] = tensor.detach()
-    result = copy.deepcopy(model, memo)
-    for path, module in result.named_modules():
-        resize(module, model.get_submodule(path))
+    result = replace_tensors(model, tensors)
+    for site in layout.sites:
+        count = len(layout.positions[site.name])
+        for setting in site.settings if count else ():
+            try:
+                module = result.get_submodule(setting.module)
+                if type(getattr(module, setting.name)) not in (int, bool):
+                    raise AttributeError(setting.name)
+            except AttributeError as error:
+                raise SiteError(
+                    f"{type(model).__name__} has no number {setting.module}.{setting.name} to follow the "
+                    f"the width of site {site.name!r}; are the sites those of another network?"
+                ) from error
+            setattr(module, setting.name, setting.value(count if inserted else 0))
     return result
-
-
-def resize(module: nn.Module, before: nn.Module) -> None:
-    """Make a layer's declared sizes agree with its tensors.
-
-    Args:
-        module: The layer with its new tensors.
-        before: The layer as it was, for what tensors alone do not tell (depthwise or grouped).
-    """
-    if isinstance(module, nn.modules.conv._ConvNd) and isinstance(before, nn.modules.conv._ConvNd):
-        if before.groups == before.in_channels and before.groups > 1:  # depthwise: one group a channel
-            module.groups = module.weight.shape[0] * before.groups // before.weight.shape[0]
-        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
-        sizes = (first, second) if module.transposed else (second, first)
-        module.in_channels, module.out_channels = sizes
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        for tensor in (module.weight, module.running_mean):
-            if tensor is not None:
-                module.num_features = tensor.shape[0]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-        module.normalized_shape = tuple(module.weight.shape)
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = module.weight.shape

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
+from deepenc.network.factory import Factory
 from deepenc.victims.data import digests, fingerprint, split
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.victim import Images, Victim, VictimSource
@@ -49,6 +50,12 @@ class CifarSource(VictimSource):
         """See `VictimSource.network`."""
         noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         return load_weights(self.root(), self.depth), noise
+
+    def structure(self) -> Factory:
+        """See `VictimSource.structure`."""
+        return Factory(
+            library="python", name="deepenc.victims.models:CifarResNet", arguments={"depth": self.depth}
+        )
 
     def load(self, cache: Path) -> Victim:
         """See `VictimSource.load`."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepenc.network.factory import Factory
 from deepenc.victims.cache import trained
 from deepenc.victims.data import digests, fingerprint, split, take
 from deepenc.victims.models import CifarResNet
@@ -32,6 +33,14 @@ class DigitsResNet(VictimSource):
         """See `VictimSource.network`."""
         parts = digit_parts()
         return _trained(cache, parts[0]), parts[0].inputs[:1]
+
+    def structure(self) -> Factory:
+        """See `VictimSource.structure`."""
+        return Factory(
+            library="python",
+            name="deepenc.victims.models:CifarResNet",
+            arguments={"depth": DEPTH, "channels": 1},
+        )
 
     def load(self, cache: Path) -> Victim:
         """See `VictimSource.load`."""

@@ -18,6 +18,7 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 
 from deepenc.errors import VictimError, near
+from deepenc.network.factory import Factory
 from deepenc.victims.data import fingerprint, split
 from deepenc.victims.victim import Images, Victim, VictimSource
 
@@ -59,6 +60,11 @@ class Torchvision(VictimSource):
         size = _input_size(self._transform())
         noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         return self._network(cache), noise
+
+    def structure(self) -> Factory:
+        """See `VictimSource.structure`."""
+        arguments: dict[str, Any] = {} if self.classes == 1000 else {"num_classes": self.classes}
+        return Factory(library="torchvision", name=self.model, arguments=arguments)
 
     def load(self, cache: Path) -> Victim:
         """See `VictimSource.load`."""
@@ -113,7 +119,7 @@ class Torchvision(VictimSource):
                     f"{self.weights!r} is neither a file nor weights of {self.model}: "
                     f"{near(self.weights, known)}"
                 )
-            network.load_state_dict(_read_state(path, network, self.model))
+            network.load_state_dict(_read_fitting(path, network, self.model))
         return network.eval()
 
     def _downloaded(self, cache: Path) -> nn.Module:
@@ -206,14 +212,27 @@ def _input_size(transform: Any) -> int:
     return int(np.max(crop))
 
 
-def _read_state(path: Path, network: nn.Module, model: str) -> Mapping[str, Tensor]:
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """Read a state dict from a safetensors file or one of torch's; code in it is not run.
+
+    Raises:
+        VictimError: It is none.
+    """
     try:
         if path.suffix == ".safetensors":
-            state: Mapping[str, Tensor] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise VictimError(f"{path} is not a file of weights: {error}") from error
+    if not isinstance(state, Mapping):
+        raise VictimError(
+            f"{path} is not a file of weights: expected a state dict, got {type(state).__name__}"
+        )
+    return state
+
+
+def _read_fitting(path: Path, network: nn.Module, model: str) -> Mapping[str, Tensor]:
+    state = read_state(path)
     own = {name: tensor.shape for name, tensor in network.state_dict().items()}
     got = {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
     if own != got:

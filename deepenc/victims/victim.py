@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deepenc.plugins import Plugin
+from deepenc.network.factory import Factory
+from deepenc.plugins import Plugin, build, parse
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +69,23 @@ class VictimSource(Plugin):
         return self.name
 
     @abstractmethod
-    def network(self, cache: Path) -> tuple[nn.Module, Tensor]:
+    def network(self, cache: Path) -> tuple[nn.Module, Any]:
         """Get the network alone; needs no images where its weights are to be had without.
 
         Args:
             cache: As for `load`.
 
         Returns:
-            The network, in eval mode, on the CPU, and an example input, as a batch of one.
+            The network, in eval mode, on the CPU, and an example input, as a batch of one: a tensor, or a
+            tuple or dict of them.
 
         Raises:
             VictimError: The weights are missing or unusable; says where they were looked for.
         """
+
+    def structure(self) -> Factory | None:
+        """How the network's structure is made on another machine; None where no factory makes it."""
+        return None
 
     @abstractmethod
     def load(self, cache: Path) -> Victim:
@@ -91,3 +97,24 @@ class VictimSource(Plugin):
         Raises:
             VictimError: Weights or data are missing or unusable; says where they were looked for.
         """
+
+
+def source_of(text: str) -> VictimSource:
+    """The victim that a line of text stands for.
+
+    Args:
+        text: As in a configuration (``name``, ``name:field=value,...``), or a factory and fields of the
+            victim ``network``: ``timm:vit_tiny_patch16_224``, ``package.module:function,example=1x3x32x32``.
+
+    Raises:
+        PluginError: The name is unknown.
+        ConfigError: It cannot be meant.
+    """
+    head, _, rest = text.partition(":")
+    first, _, fields = rest.partition(",")
+    if first and "=" not in first:
+        source = build("victim", parse(f"network:{fields}") | {"factory": f"{head}:{first}"})
+    else:
+        source = build("victim", text)
+    assert isinstance(source, VictimSource)
+    return source

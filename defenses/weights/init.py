@@ -23,6 +23,7 @@ class Init(Weights):
     """
 
     name: ClassVar[str] = "init"
+    per_tensor: ClassVar[bool] = True
 
     def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
         """Initialise all gaps."""

@@ -22,15 +22,23 @@ class Mixed(Weights):
     """
 
     name: ClassVar[str] = "mixed"
+    per_tensor: ClassVar[bool] = True
 
     norms: Norms = "independent"
     """How BatchNorm's four vectors are sampled: each by itself, or ``"joint"``, all from one real channel."""
 
     def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
         """Fill all gaps both ways and let each neuron's coin choose."""
-        heads = torch.from_numpy(rng.random(neurons.count) < 0.5)
-        pairs = zip(neurons.gaps, sample(neurons, rng, self.norms), initialise(neurons, rng), strict=True)
-        return [torch.where(_spread(heads, gap), sampled, fresh) for gap, sampled, fresh in pairs]
+        return self.fill_tensor(neurons, rng, rng)
+
+    def fill_tensor(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
+        """Fill one tensor's gaps; a neuron's coin is the same in each tensor."""
+        heads = torch.from_numpy(channels.random(neurons.count) < 0.5)
+        sampled = sample(neurons, rng, self.norms, channels)
+        pairs = zip(neurons.gaps, sampled, initialise(neurons, rng), strict=True)
+        return [torch.where(_spread(heads, gap), drawn, fresh) for gap, drawn, fresh in pairs]
 
 
 def _spread(heads: Tensor, gap: Gap) -> Tensor:

@@ -23,6 +23,7 @@ class Samp(Weights):
     """
 
     name: ClassVar[str] = "samp"
+    per_tensor: ClassVar[bool] = True
 
     norms: Norms = "independent"
     """How BatchNorm's four vectors are drawn: each by itself (the literal reading), or ``"joint"``, all from
@@ -32,3 +33,9 @@ class Samp(Weights):
     def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
         """Sample all gaps."""
         return sample(neurons, rng, self.norms)
+
+    def fill_tensor(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
+        """Sample one tensor's gaps."""
+        return sample(neurons, rng, self.norms, channels)

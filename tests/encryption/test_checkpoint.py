@@ -72,7 +72,7 @@ def test_networks_made_from_a_checkpoint_do_not_share_tensors(saved: Path, small
 def test_the_folder_does_not_hold_the_positions(saved: Path, small: Net) -> None:
     document = json.loads((saved / "deepenc.json").read_text())
     assert set(document) == {
-        *("format", "version", "victim", "defense", "sites", "configuration"),
+        *("format", "version", "victim", "factory", "defense", "sites", "configuration"),
         *("fingerprint", "memory", "digest"),
     }
     model, inputs, sites = small
@@ -117,7 +117,7 @@ def forge(folder: Path, **changes: Any) -> None:
     """Change the header as somebody would who knows how its digest is made."""
     path = folder / "deepenc.json"
     document = json.loads(path.read_text()) | changes
-    header = checkpoint._Header.model_validate_json(json.dumps(document)).digested()
+    header = checkpoint.Header.model_validate_json(json.dumps(document)).digested()
     path.write_text(header.model_dump_json())
 
 

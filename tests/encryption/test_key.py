@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from deepenc.encryption.key import Key, derive_positions, derive_rng, fingerprint, secret_of
+from deepenc.encryption.fingerprint import fingerprint
+from deepenc.encryption.key import Key, derive_positions, derive_rng, secret_of
 from deepenc.errors import ConfigError, SiteError
 from deepenc.network.sites import Role, Site, Slot
 

@@ -194,7 +194,7 @@ def test_residual_streams_are_an_option() -> None:
 
 # Counted by hand from the architectures: first conv of 8 basic blocks; two widths of 16 bottlenecks and
 # the stem; 13 convolutions and 2 hidden linear layers; stem, 58 bottlenecks, 58 growths, 3 transitions;
-# 17 expansions (one of them the stem's) and the projections without a residual; 12 MLPs.
+# 17 expansions (one of them the stem's) and the projections without a residual; 12 MLPs and 12 attentions.
 COUNTS = {
     "resnet18": 8,
     "resnet50": 33,
@@ -202,7 +202,7 @@ COUNTS = {
     "vgg16_bn": 15,
     "densenet121": 120,
     "mobilenet_v2": 20,
-    "vit_b_16": 12,
+    "vit_b_16": 24,
 }
 
 

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from deepenc.errors import SiteError
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.surgery import (
-    Layout,
-    forged_entries,
-    insert,
-    narrow,
-    narrow_sites,
-    remove,
-    replace_tensors,
-    widen,
-)
+from deepenc.network.structure import replace_tensors
+from deepenc.network.surgery import Layout, forged_entries, insert, narrow, narrow_sites, remove, widen
 
 IN, OUT = Role.INCOMING, Role.OUTGOING
 

@@ -124,16 +124,26 @@ def _product(tracer: Tracer, outputs: list[Tensor], a: Tensor, b: Tensor, *_: An
     left, right = tracer.value(a), tracer.value(b)
     if a.dim() != b.dim() or a.dim() not in (2, 3):
         return unknown(tracer, "product", (a, b), outputs)
-    tracer.axes.tie(left.axes[-1], right.axes[-2], f"{tracer.where} multiplies it with fixed values")
-    for value, inner, outer in ((right, -2, -1), (left, -1, -2)):
+    inner = tracer.axes.tie(left.axes[-1], right.axes[-2], f"{tracer.where} multiplies it with fixed values")
+    if not left.state and not right.state:
+        tracer.axes.contract(inner)
+        _tie_heads(tracer, left.scores, right.axes[-1])
+        tracer.scores = inner
+    for value, used, made in ((right, -2, -1), (left, -1, -2)):
         if value.state:
-            tracer.axes.role(value.axes[inner], Role.OUTGOING)
-            tracer.axes.role(value.axes[outer], Role.INCOMING)
+            tracer.axes.role(value.axes[used], Role.OUTGOING)
+            tracer.axes.role(value.axes[made], Role.INCOMING)
     batch = tuple(
         tracer.axes.tie(p, q, f"{tracer.where} multiplies batches")
         for p, q in zip(left.axes[:-2], right.axes[:-2], strict=True)
     )
     return (*batch, left.axes[-2], right.axes[-1])
+
+
+def _tie_heads(tracer: Tracer, scores: Axis, weighed: Axis) -> None:
+    """Give queries, keys and values of a head one width, which most networks keep as one number."""
+    if scores is not None and weighed is not None and len(scores) == len(weighed):
+        tracer.axes.tie(scores, weighed, f"{tracer.where} gives queries and values one width")
 
 
 @rule("addmm", "baddbmm")
@@ -178,6 +188,8 @@ def _embedding(tracer: Tracer, outputs: list[Tensor], weight: Tensor, index: Ten
 def _attention(
     tracer: Tracer, outputs: list[Tensor], query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> Result:
-    for tensor in (query, key):
-        tracer.axes.fix(tracer.value(tensor).axes[-1], f"{tracer.where} scales it by its own width")
+    asked, answering, weighed = (tracer.value(tensor).axes[-1] for tensor in (query, key, value))
+    inner = tracer.axes.tie(asked, answering, f"{tracer.where} multiplies it with fixed values")
+    tracer.axes.contract(inner)
+    _tie_heads(tracer, inner, weighed)
     return (*tracer.value(query).axes[:-1], tracer.value(value).axes[-1])

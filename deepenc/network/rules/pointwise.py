@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,33 +34,20 @@ def pointwise(tracer: Tracer, name: str, args: tuple[Any, ...], outputs: list[Te
             else:
                 meeting.append((value.axes[dim], value.state))
         result[dim] = _meet(tracer, name, meeting) if meeting else None
-    _refuse_own_scale(tracer, name, args, result, shape)
     return tuple(result)
 
 
 def _meet(tracer: Tracer, name: str, meeting: list[tuple[Axis, bool]]) -> Axis:
     axis = meeting[0][0]
     active = [a for a, state in meeting if not state]
+    adds = name in _ADDITIONS and len(active) > 1
     for other, _ in meeting[1:]:
-        axis = tracer.axes.tie(axis, other, f"in {tracer.where} it meets values of fixed width")
-    if name in _ADDITIONS and len(active) > 1 and any(a is not active[0] for a in active):
-        tracer.axes.mark_stream(axis)
+        why = f"in {tracer.where} it meets values of fixed width"
+        axis = tracer.axes.tie(axis, other, why, addition=adds)
     for other, state in meeting:
         if state and active:
             tracer.axes.role(other, Role.SHIFT if name in _ADDITIONS else Role.SCALE)
     return axis
-
-
-def _refuse_own_scale(
-    tracer: Tracer, name: str, args: tuple[Any, ...], axes: list[Axis], shape: Sequence[int]
-) -> None:
-    """Fix an axis that is scaled by a power of its own width, as attention scales its heads."""
-    factors = [a for a in args if isinstance(a, float)]
-    if name not in {"mul", "div"} or not factors or not axes or axes[-1] is None:
-        return
-    powers = (shape[-1] ** -0.5, shape[-1] ** -0.25, shape[-1] ** 0.5)
-    if any(math.isclose(factors[0], power, rel_tol=1e-6) for power in powers) and shape[-1] > 1:
-        tracer.axes.fix(axes[-1], f"{tracer.where} scales it by its own width")
 
 
 @rule("clone", "alias", "detach", "_to_copy", "lift_fresh", "native_dropout", "contiguous")

@@ -104,10 +104,29 @@ def _unbind(tracer: Tracer, outputs: list[Tensor], x: Tensor, dim: int = 0) -> l
 
 
 @rule("slice")
-def _slice(tracer: Tracer, outputs: list[Tensor], x: Tensor, dim: int = 0, *_: Any) -> Result:
-    if outputs[0].shape[dim] == x.shape[dim]:
-        return tracer.value(x).axes
-    return tuple(drop(tracer, x, [dim], "cuts it at a fixed place"))
+def _slice(
+    tracer: Tracer,
+    outputs: list[Tensor],
+    x: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Result:
+    """One of equal parts, as rotary embeddings cut a head in halves, or take every other; or any cut."""
+    axes = list(tracer.value(x).axes)
+    axis, size, part = axes[dim], x.shape[dim], outputs[0].shape[dim]
+    if axis is None or part == size:
+        return tuple(axes)
+    first = max(0, min(size, (start or 0) + (size if (start or 0) < 0 else 0)))
+    why = f"{tracer.where} cuts it into equal parts"
+    if part and size % part == 0 and step == 1 and first % part == 0:
+        axes[dim] = fold(tracer.axes, axis, size // part, why)
+    elif part * step == size and first < step:
+        axes[dim] = fold(tracer.axes, axis.reshape(part, step).T.ravel(), step, why)
+    else:
+        axes = drop(tracer, x, [dim], "cuts it at a fixed place")
+    return tuple(axes)
 
 
 @rule_of_parts("split", "split_with_sizes", "chunk")
@@ -125,6 +144,9 @@ def _split(tracer: Tracer, outputs: list[Tensor], x: Tensor, _: Any, dim: int = 
 
 @rule("cat")
 def _cat(tracer: Tracer, outputs: list[Tensor], tensors: Sequence[Tensor], dim: int = 0) -> Result:
+    tensors = [t for t in tensors if t.shape != (0,)]  # an empty cache concatenates with anything
+    if not tensors:
+        return (None,)
     result: list[Axis] = list(tracer.value(tensors[0]).axes)
     dim %= len(result)
     pieces = [(tracer.value(t).axes[dim], t.shape[dim]) for t in tensors]

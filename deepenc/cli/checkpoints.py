@@ -1,0 +1,180 @@
+"""Behind ``encrypt --checkpoint`` and ``decrypt --checkpoint``: checkpoints larger than memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepenc.cli.console import out
+from deepenc.errors import ConfigError, KeyFileError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+    from deepenc.encryption.key import Key
+    from deepenc.encryption.sharded.rewrite import Progress as Told
+
+
+def only(folder: str | Path, more: Path | None) -> Path:
+    """OUT, which with ``--checkpoint`` comes where otherwise the argument before it does.
+
+    Raises:
+        ConfigError: There is one argument too many.
+    """
+    if more is not None:
+        raise ConfigError(f"--checkpoint takes the place of the first argument; leave out one before {more}")
+    return Path(folder)
+
+
+def encrypt(
+    source: Path,
+    folder: Path,
+    key: Path,
+    defense: str,
+    passphrase: str | None,
+    recipients: Sequence[X25519PublicKey] = (),
+    *,
+    force: bool = False,
+) -> None:
+    """Encrypt a checkpoint, and save its key before the encrypted folder appears.
+
+    While the work goes on, the secret from which everything is drawn lies beside the key to be, sealed with
+    the passphrase (``.NAME.partial``): interrupted, the same command goes on where it was. A key for
+    recipients only cannot be opened here, so that then the work starts anew.
+
+    Args:
+        source: The victim's checkpoint.
+        folder: Where to.
+        key: File for the key.
+        defense: A name of a defense.
+        passphrase: Seals the key; None for recipients only.
+        recipients: Public keys that the key is sealed for.
+        force: Replace an encrypted folder and a key that are there.
+
+    Raises:
+        ConfigError: A key is there already, or an interrupted run was another one.
+        KeyFileError: The key cannot be written, or an interrupted run had another passphrase.
+        CheckpointError: As `encrypt_checkpoint` raises it, and its others.
+    """
+    from deepenc.encryption.defense import Defense
+    from deepenc.encryption.key import load_key, save_key
+    from deepenc.encryption.sharded.checkpoint import encrypt_checkpoint
+    from deepenc.encryption.sharded.partial import partial_of
+
+    chosen = Defense.of(defense)
+    record = key.with_name(f".{key.name}.partial")
+    if not partial_of(folder).exists():  # nothing to go on with: a secret is never used for two releases
+        record.unlink(missing_ok=True)
+    resumes = record.exists() and passphrase is not None
+    if key.exists() and not force and not resumes:
+        raise ConfigError(f"{key} exists already; give another path, or --force to replace it")
+    about = {
+        "source": str(source.resolve()),
+        "folder": str(folder.resolve()),
+        "defense": json.dumps(chosen.spec(), sort_keys=True),
+    }
+    secret = os.urandom(32) if passphrase is None else _secret(record, passphrase, about)
+
+    def keep(made: Key) -> None:
+        if resumes and key.exists() and not force:
+            try:
+                if load_key(key, passphrase, made.sites) == made:
+                    return
+            except KeyFileError:
+                pass
+            raise ConfigError(f"{key} exists already; give another path, or --force to replace it")
+        save_key(made, key, passphrase, recipients=recipients)
+
+    with _progress("encrypting") as progress:
+        made = encrypt_checkpoint(
+            source, folder, chosen, secret=secret, keep=keep, replace_target=force, progress=progress
+        )
+    record.unlink(missing_ok=True)
+    console = out()
+    console.print(
+        f"{source} encrypted with {chosen.name}: {sum(made.configuration.values())} confusion channels at "
+        f"{len(made.positions)} sites, key of {made.entropy:.1f} bits.",
+        markup=False,
+    )
+    console.print(f"network  {folder}\nkey      {key} (sealed; keep it apart from the network)", markup=False)
+
+
+def decrypt(
+    source: Path,
+    key: Path,
+    folder: Path,
+    passphrase: str | None,
+    identity: X25519PrivateKey | None = None,
+) -> None:
+    """Decrypt a checkpoint into a folder of the same files as the victim's.
+
+    Args:
+        source: The encrypted checkpoint.
+        key: Its key.
+        folder: Where to; must not exist yet, or be empty.
+        passphrase: The key's, or None.
+        identity: A recipient's private key, or None.
+
+    Raises:
+        KeyFileError: The key does not open, or is another network's.
+        CheckpointError: As `decrypt_checkpoint` raises it.
+    """
+    from deepenc.encryption.key import load_key
+    from deepenc.encryption.sharded.checkpoint import decrypt_checkpoint, sites_of
+
+    made = load_key(key, passphrase, sites_of(source), identity=identity)
+    with _progress("decrypting") as progress:
+        decrypt_checkpoint(source, made, folder, progress=progress)
+    out().print(f"Checked: the encrypted tensors are those of the key.\nvictim   {folder}", markup=False)
+
+
+def _secret(record: Path, passphrase: str, about: dict[str, str]) -> bytes:
+    """The secret of an interrupted run, or a new one, sealed into the record before it is used."""
+    from deepenc.encryption.sealing import lock, unlock
+
+    try:
+        if not record.exists():
+            secret = os.urandom(32)
+            data = lock(json.dumps(about | {"secret": secret.hex()}).encode(), passphrase)
+            temporary = record.with_name(record.name + ".part")
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, record)
+            return secret
+        content = json.loads(unlock(record.read_bytes(), passphrase))
+    except OSError as error:
+        raise KeyFileError(
+            f"cannot write beside the key to be, {record}: {error.strerror}; give a path in a writable folder"
+        ) from error
+    except KeyFileError as error:
+        raise KeyFileError(
+            f"{record} is of an interrupted encryption, but does not open: {error}. Give the passphrase of "
+            "that run to go on, or remove the file to start anew"
+        ) from error
+    if any(content.get(name) != value for name, value in about.items()):
+        raise ConfigError(
+            f"{record} is of the interrupted work on {content.get('source')} to {content.get('folder')}: "
+            "give the same command to finish that, or remove the file to start anew"
+        )
+    return bytes.fromhex(content["secret"])
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Told | None]:
+    console = out()
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,126 @@
+"""The command that gives an encrypted network a new key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepenc.cli.console import out
+from deepenc.cli.files import refuse_to_replace, replacing, same
+from deepenc.cli.options import (
+    ForceOption,
+    IdentityOption,
+    PassphraseOption,
+    RecipientOption,
+    opening,
+    openings,
+    source_named,
+)
+from deepenc.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from deepenc.victims.victim import VictimSource
+
+
+def rotate(
+    folder: Annotated[Path, typer.Argument(help="Folder of an encrypted network.")],
+    key: Annotated[Path, typer.Argument(help="Its key.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the network under its new key.")],
+    new_key: Annotated[Path, typer.Argument(metavar="NEW_KEY", help="File for the new key.")],
+    defense: Annotated[
+        str | None,
+        typer.Option(help="Encrypt with this defense. Default: the old one, as many channels at each site."),
+    ] = None,
+    victim: Annotated[
+        str | None, typer.Option(help="The victim, for its structure. Default: what the folder says.")
+    ] = None,
+    identity: IdentityOption = None,
+    recipient: RecipientOption = None,
+    passphrase_file: PassphraseOption = None,
+    new_passphrase_file: Annotated[
+        Path | None,
+        typer.Option(help="As --passphrase-file, for the new key. Default: the passphrase of the old key."),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Give an encrypted network a new key: other positions, other confusion weights, the same victim inside.
+
+    Withdraw the old release first: whoever holds both networks can tell the victim's channels (docs/keys.md).
+
+    Example: deepenc rotate released/ owner.key released2/ owner2.key
+    """
+    from deepenc.config import cache_folder
+    from deepenc.encryption import checkpoint
+    from deepenc.encryption.defense import Defense
+    from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
+    from deepenc.encryption.key import load_key, save_key
+
+    refuse_to_replace(new_key, force)
+    refuse_to_replace(target, force)
+    if target.resolve() == folder.resolve() or new_key.resolve() == key.resolve():
+        raise ConfigError("the old network and key are read until the new ones are whole; give other paths")
+    stored = checkpoint.load(folder)
+    passphrase, opener = opening(passphrase_file, identity)
+    old = load_key(key, passphrase, stored.sites, identity=opener)
+    if recipient or new_passphrase_file is not None or passphrase is None:
+        passphrase, recipients = openings(new_passphrase_file, recipient)
+    else:
+        recipients = []
+    structure, example = _victim(victim, stored.victim).network(cache_folder())
+    original = decrypt(stored.network(structure), old)
+    chosen = Defense.of(stored.defense if defense is None else defense)
+    if defense is None:
+        encrypted, made = reshelter(original, old, chosen, example=example, rotate=True)
+    else:
+        encrypted, made = encrypt(original, example, chosen, sites=stored.sites)
+    with replacing(target):
+        checkpoint.save(
+            target,
+            encrypted,
+            made,
+            victim=stored.victim,
+            factory=stored.factory,
+            defense=chosen.spec(),
+        )
+        written = checkpoint.load(target)
+        restored = checkpoint.decrypt_tensors(written.tensors, made)
+        before = checkpoint.decrypt_tensors(stored.tensors, old)
+        if not all(same(restored[name], tensor) for name, tensor in before.items()):
+            raise CheckpointError(
+                f"{target}: what was written does not decrypt to the victim; is the disk well?"
+            )
+        save_key(made, new_key, passphrase, recipients=recipients)
+    out().print(
+        f"{folder} encrypted anew with {chosen.name}: {sum(made.configuration.values())} confusion channels "
+        f"at {len(made.positions)} sites, key of {made.entropy:.1f} bits.\n"
+        "Checked: both networks decrypt to the same victim, bit for bit.\n"
+        f"network  {target}\nkey      {new_key} (sealed; keep it apart from the network)\n"
+        "Withdraw the old release before this one goes out: who holds both can tell the victim's channels.",
+        markup=False,
+    )
+
+
+def _victim(victim: str | None, saved: Mapping[str, Any] | None) -> VictimSource:
+    """The victim, for its structure: the given one, or the one that an encrypted network's header names.
+
+    Raises:
+        ConfigError: The header names none, or one that would import code: a header is not trusted so far.
+    """
+    from deepenc.network.factory import OWN
+    from deepenc.plugins import build
+
+    if victim is not None:
+        return source_named(victim)
+    if saved is None:
+        raise ConfigError("the folder does not say which victim it was made from; give it with --victim")
+    found: VictimSource = build("victim", saved)
+    factory = found.structure()
+    if factory is not None and factory.library == "python" and factory.name not in OWN:
+        raise ConfigError(
+            f"the folder names the function {factory.name!r} as maker of its victim; if you trust it, give "
+            "it with --victim"
+        )
+    return found

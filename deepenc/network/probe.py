@@ -1,0 +1,157 @@
+"""Insert channels that lead nowhere, run the network, and see that nothing changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from deepenc.errors import DeepencError
+from deepenc.network.admit import tensors_in
+from deepenc.network.attention import adapt
+from deepenc.network.dry import DryRun
+from deepenc.network.graph import call
+from deepenc.network.sites import Role, Site
+from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.surgery import Layout, Positions, insert
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a network does on an example.
+
+    Attributes:
+        outputs: All tensors that it returns.
+        constants: The plain numbers by which it multiplies, in order. A network that scales by its own
+            width has others when it is widened, which values may hide, and on the meta device do.
+    """
+
+    outputs: list[Tensor]
+    constants: list[float]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any) -> Self:
+        """Run a network on an example: a tensor, a tuple or dict of them, or `Arguments`."""
+        with torch.no_grad(), _Constants() as log:
+            result = call(model, example)
+        return cls(tensors_in(result), log.found)
+
+
+class _Constants(DryRun):
+    """Collects the plain numbers by which a network multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[float] = []
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = op.overloadpacket.__name__
+        if name.removesuffix("_") in {"mul", "div"}:
+            self.found += [arg for arg in args if isinstance(arg, int | float)]
+        elif name.startswith("_scaled_dot_product"):
+            self.found.append((kwargs or {}).get("scale") or args[0].shape[-1] ** -0.5)
+        return self.run(op, args, kwargs or {})
+
+
+def probe(
+    model: nn.Module, example: Any, sites: Sequence[Site], counts: Mapping[str, int], expected: Expected
+) -> str | None:
+    """Why an insertion at these sites is not neutral; None if it is.
+
+    Args:
+        model: The network, in eval mode; untouched.
+        example: As for `Expected.of`.
+        sites: Sites to widen together.
+        counts: How many channels each gets, by name.
+        expected: What the network does without them.
+    """
+    # One channel more the second time, and at both ends: what fits one number or one place fits not both.
+    first = {s.name: tuple(range(s.width // 2, s.width // 2 + counts[s.name])) for s in sites}
+    second = {s.name: (0, *range(s.width + 1, s.width + 1 + counts[s.name])) for s in sites}
+    return _refuted(model, example, sites, first, expected) or _refuted(
+        model, example, sites, second, expected
+    )
+
+
+def _refuted(
+    model: nn.Module, example: Any, sites: Sequence[Site], positions: Positions, expected: Expected
+) -> str | None:
+    try:
+        layout = Layout(sites, positions)
+        widened = insert(model, layout)
+        _fill(widened, layout)
+        got = Expected.of(widened, example)
+    except DeepencError as error:
+        return str(error)
+    except Exception as error:
+        return f"the widened network does not run: {type(error).__name__}: {error}"
+    if [tensor.shape for tensor in got.outputs] != [tensor.shape for tensor in expected.outputs]:
+        return "the widened network returns other shapes"
+    if not _same_constants(got.constants, _constants(model, example, sites, expected)):
+        return "the network scales it by its own width"
+    if not same(got.outputs, expected.outputs):
+        return "the outputs change though nothing leads to them"
+    return None
+
+
+def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether outputs agree up to the rounding of sums in another order; on the meta device, always."""
+    return all(a.is_meta or _close(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _constants(model: nn.Module, example: Any, sites: Sequence[Site], expected: Expected) -> Sequence[float]:
+    """The constants of the unwidened network, made to compute in the way in which the widened one does."""
+    flags = [setting for site in sites for setting in site.settings if isinstance(setting.victim, bool)]
+    homes = {slot.tensor.rpartition(".")[0] for site in sites if site.contracted for slot in site.slots}
+    attentions = [home for home in homes if type(model.get_submodule(home)) is nn.MultiheadAttention]
+    if not flags and not attentions:
+        return expected.constants
+    turned = replace_tensors(model, named_tensors(model))
+    for flag in flags:
+        setattr(turned.get_submodule(flag.module), flag.name, not flag.victim)
+    for home in attentions:
+        adapt(cast(nn.MultiheadAttention, turned.get_submodule(home)), wide=True)
+    return Expected.of(turned, example).constants
+
+
+def _same_constants(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    return len(ours) == len(theirs) and all(map(math.isclose, ours, theirs))
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal up to the rounding of sums in another order."""
+    if not theirs.is_floating_point():
+        return bool(torch.equal(ours, theirs))
+    scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+    return bool((ours - theirs).abs().le(torch.finfo(theirs.dtype).eps ** 0.5 * scale).all())
+
+
+def _fill(network: nn.Module, layout: Layout) -> None:
+    """Random values for what comes in, positive ones for factors and variances, zero for what goes out.
+
+    Where channels are contracted (queries with keys) each is silent only if nothing comes in either.
+    """
+    state = named_tensors(network)
+    generator = torch.Generator().manual_seed(0)
+    for silent in (False, True):
+        for site in layout.sites:
+            for slot in site.slots:
+                quiet = {Role.OUTGOING, *((Role.INCOMING, Role.BIAS) if site.contracted else ())}
+                tensor = state[slot.tensor].detach()
+                if (slot.role in quiet) is not silent or tensor.is_meta:
+                    continue
+                entries = layout.forged(site, slot)
+                shape = list(tensor.shape)
+                shape[slot.dim] = len(entries)
+                values = torch.zeros(shape)
+                if not silent:
+                    values = torch.randn(shape, generator=generator) * 0.1
+                    if slot.role in {Role.SCALE, Role.VARIANCE}:
+                        values = values.abs() + 0.5
+                tensor.index_copy_(slot.dim, entries.to(tensor.device), values.to(tensor))

@@ -1,0 +1,137 @@
+"""Find the attributes of modules that must follow a site's width: an attention head's width, its flags.
+
+What a forward pass reads besides tensors cannot be traced. It is searched for: numbers that a module keeps
+and that are multiples of the width are widened with it, and what makes the module's outputs agree stays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from deepenc.network.graph import Arguments, arguments_seen
+from deepenc.network.probe import Expected, probe
+from deepenc.network.sites import Role, Setting, Site
+
+Settings = tuple[Setting, ...]
+
+
+def complete(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Site | str]:
+    """Give sites the settings that they need.
+
+    Args:
+        model: The network, in eval mode; untouched.
+        example: Its example input.
+        sites: Sites whose channels are contracted (heads).
+
+    Returns:
+        For each site, in order, the same with its settings, or why none make it neutral.
+    """
+    if not sites:
+        return []
+    homes = [_home(site) for site in sites]
+    seen = arguments_seen(model, example, homes)
+    recipes: dict[type, list[Settings]] = {}
+    return [
+        _complete(model, site, home, seen[home], recipes) for site, home in zip(sites, homes, strict=True)
+    ]
+
+
+def _home(site: Site) -> str:
+    """Path of the innermost module that holds all tensors of the site."""
+    paths = [slot.tensor.split(".")[:-1] for slot in site.slots]
+    common = paths[0]
+    for path in paths[1:]:
+        agree = [a == b for a, b in zip(common, path, strict=False)]
+        common = common[: agree.index(False) if False in agree else len(agree)]
+    return ".".join(common)
+
+
+def _complete(
+    model: nn.Module,
+    site: Site,
+    home: str,
+    runs: list[Arguments],
+    recipes: dict[type, list[Settings]],
+) -> Site | str:
+    if len(runs) != 1:
+        return f"{home or 'the network'} runs {len(runs)} times, not once; its heads are left as they are"
+    module, run = model.get_submodule(home), runs[0]
+    inner = replace(site, slots=tuple(replace(s, tensor=_inside(home, s.tensor)) for s in site.slots))
+    expected = Expected.of(module, run)
+
+    def refused(settings: Settings) -> str | None:
+        return probe(module, run, [replace(inner, settings=settings)], {site.name: 1}, expected)
+
+    known = recipes.setdefault(type(module), [])
+    for settings in known:
+        if refused(settings) is None:
+            return _outside(site, home, settings)
+    reasons = []
+    for settings in _proposals(module, inner):
+        reason = refused(settings)
+        if reason is None:
+            for setting in settings:
+                fewer = tuple(s for s in settings if s != setting)
+                settings = fewer if refused(fewer) is None else settings
+            known.append(settings)
+            return _outside(site, home, settings)
+        reasons.append(reason)
+    return f"{reasons[0]}; no number that {home or 'the network'} keeps mends it"
+
+
+def _inside(home: str, name: str) -> str:
+    return name[len(home) + 1 :] if home else name
+
+
+def _outside(site: Site, home: str, settings: Settings) -> Site:
+    """The site with settings whose modules were named from its home."""
+    return replace(
+        site,
+        settings=tuple(
+            replace(setting, module=".".join(part for part in (home, setting.module) if part))
+            for setting in settings
+        ),
+    )
+
+
+def _proposals(module: nn.Module, site: Site) -> Iterator[Settings]:
+    """Sets of settings to try, the smallest first."""
+    narrow = {1}  # a head's width; twice the site's where rotary embeddings pair the channels
+    entries: Counter[tuple[str, int]] = Counter()
+    for slot in site.slots:
+        if slot.role in {Role.INCOMING, Role.OUTGOING}:
+            entries[slot.tensor, slot.dim] += slot.block
+    wide = set(entries.values())
+    flags = tuple(
+        Setting(path, name, True)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if value is True and name.startswith("fused")
+    )
+    tried: set[Settings] = set()
+    for off in (False, True) if flags else (False,):
+        for steps in (set(), narrow, narrow | {2}, narrow | {2} | wide, wide):
+            settings = _multiples(module, site.width, steps) + (flags if off else ())
+            if settings not in tried:
+                tried.add(settings)
+                yield settings
+
+
+def _multiples(module: nn.Module, width: int, steps: set[int]) -> Settings:
+    return tuple(
+        Setting(path, name, value, value // width)
+        for path, part in module.named_modules()
+        if list(part.children()) or not list(part.parameters())  # a layer's sizes follow its tensors anyway
+        for name, value in vars(part).items()
+        if type(value) is int and value % width == 0 and value // width in steps and not _counts(name)
+    )
+
+
+def _counts(name: str) -> bool:
+    """Whether a number counts things."""
+    return name.startswith(("num_", "n_")) or name.endswith(("heads", "groups"))

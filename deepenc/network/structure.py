@@ -1,0 +1,117 @@
+"""A network's structure: its tensors by name, and copies of it around other tensors."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deepenc.errors import SiteError
+from deepenc.network.attention import adapt
+
+State = Mapping[str, Tensor]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those that no state dict keeps too; tied ones by each name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
+    """Copy a network's structure around other tensors, of any shapes; the given model is untouched.
+
+    Args:
+        model: The structure; its own tensors are not copied where others replace them.
+        tensors: State-dict names to tensors; taken as they are, not cloned.
+
+    Raises:
+        SiteError: A tensor has no place in the model.
+    """
+    # Both names of a tied tensor map to one object, so that it stays tied.
+    own = named_tensors(model)
+    if strangers := sorted(set(tensors) - set(own)):
+        raise SiteError(f"tensors {strangers[:5]} have no place in {type(model).__name__}")
+    memo: dict[int, object] = {}
+    for name, tensor in tensors.items():
+        old = own[name]
+        if isinstance(old, nn.Parameter):
+            memo[id(old)] = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+        else:
+            memo[id(old)] = tensor.detach()
+    result: nn.Module = _copy(model, memo)
+    before = dict(model.named_modules())
+    for path, module in result.named_modules():
+        resize(module, before[path])
+    return result
+
+
+_PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, type, FunctionType)
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` does, several times faster for modules that leave copying to Python."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, _PLAIN) and not isinstance(value, enum.Enum):
+        return value
+    if type(value) in (dict, OrderedDict):
+        made: Any = type(value)()
+        memo[id(value)] = made
+        for key, part in value.items():
+            made[key] = _copy(part, memo)
+        return made
+    if isinstance(value, nn.Module) and _copied_by_python(type(value)):
+        made = object.__new__(type(value))
+        memo[id(value)] = made
+        parts = ((name, part) for name, part in vars(value).items() if name != "_compiled_call_impl")
+        made.__dict__.update({name: _copy(part, memo) for name, part in parts})
+        return made
+    return copy.deepcopy(value, memo)
+
+
+def _copied_by_python(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules does nothing of its own when it is copied."""
+    return (
+        not any(hasattr(kind, name) for name in ("__deepcopy__", "__slots__", "__getnewargs__"))
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__setstate__ is nn.Module.__setstate__
+        and getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
+    )
+
+
+def resize(module: nn.Module, before: nn.Module) -> None:
+    """Make a layer's declared sizes agree with its tensors.
+
+    Args:
+        module: The layer with its new tensors.
+        before: The layer as it was, for what tensors alone do not tell (depthwise or grouped).
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and isinstance(before, nn.modules.conv._ConvNd):
+        if before.groups == before.in_channels and before.groups > 1:  # depthwise: one group a channel
+            module.groups = module.weight.shape[0] * before.groups // before.weight.shape[0]
+        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
+        sizes = (first, second) if module.transposed else (second, first)
+        module.in_channels, module.out_channels = sizes
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        for tensor in (module.weight, module.running_mean):
+            if tensor is not None:
+                module.num_features = tensor.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.MultiheadAttention):
+        adapt(module)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' linear layer of GPT-2
+        vars(module).update(zip(("nx", "nf"), cast(Tensor, module.weight).shape, strict=True))
