@@ -40,7 +40,7 @@ ENOUGH = 0.9
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 # Of these reasons a width is not eligible: it is the network's output, or a statistic over all channels that
 # confusion channels would shift.
-INELIGIBLE = ("is an output of the network", "normalises over")
+INELIGIBLE = ("is an output of the network", "normalises over", "does not use it")
 
 
 @dataclass

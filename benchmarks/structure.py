@@ -5,7 +5,8 @@ For each network, in processes of their own and in turn:
 * deepenc: find_sites, encrypt with 5 % more channels at every site, decrypt;
 * Torch-Pruning: dependency graph, all groups, pruning 5 % of the channels of every group.
 
-Prints wall time, peak memory above that of the loaded network, and the ratio in this run.
+Prints wall time, peak memory above that of the loaded network, and the ratio in this run. Who needs more than
+16 GiB, or raises, or takes more than 10 minutes, has failed.
 
     python benchmarks/structure.py [--networks resnet18 vgg16 ...] [--repeats 3]
 """
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 import torch_pruning
@@ -37,7 +39,19 @@ DEFENSE = deepenc.Defense.model_validate(
         "weights": "samp",
     }
 )
-NETWORKS = ["resnet18", "resnet50", "vgg16", "vgg16_bn", "densenet121", "mobilenet_v2", "vit_b_16"]
+NETWORKS = [
+    "resnet18",
+    "resnet152",
+    "vgg16",
+    "densenet201",
+    "vit_b_16",
+    "swin_t",
+    "convnext_tiny",
+    "mobilenet_v3_large",
+    "regnet_y_16gf",
+]
+MEMORY = 16 * 2**30
+SECONDS = 600
 
 
 def deepenc_round(model: nn.Module, example: Tensor) -> str:
@@ -73,6 +87,7 @@ def tiny() -> nn.Module:
 
 def measure(name: str, work: Callable[[nn.Module, Tensor], str]) -> tuple[float, float, str]:
     """Seconds, peak MiB above the loaded network, and what was done; in the calling process."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(weights=None).eval()
     example = torch.randn(1, 3, 224, 224)
@@ -91,6 +106,19 @@ def measure(name: str, work: Callable[[nn.Module, Tensor], str]) -> tuple[float,
     return seconds, peak / 1024, done
 
 
+def measured(name: str, work: Callable[[nn.Module, Tensor], str]) -> tuple[float, float, str]:
+    """`measure` in a process of its own, which may die or hang."""
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        return pool.submit(measure, name, work).result(timeout=SECONDS)
+    except (BrokenProcessPool, TimeoutError) as error:
+        return float("nan"), float("nan"), f"failed: {type(error).__name__}"
+    finally:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown()
+
+
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,13 +128,11 @@ def main() -> None:
     table = Table(title=f"Median of {options.repeats}; peak memory above the loaded network")
     for column in ("network", "deepenc s", "MiB", "done", "Torch-Pruning s", "MiB", "done", "times faster"):
         table.add_column(column)
-    spawn = multiprocessing.get_context("spawn")
     for name in options.networks:
         rows: dict[str, list[tuple[float, float, str]]] = {"ours": [], "theirs": []}
         for _ in range(options.repeats):
             for who, work in (("ours", deepenc_round), ("theirs", pruning_round)):
-                with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                    rows[who].append(pool.submit(measure, name, work).result())
+                rows[who].append(measured(name, work))
         cells = [name]
         seconds = {}
         for who in ("ours", "theirs"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, concat, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,10 @@ class WideAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See `torch.nn.MultiheadAttention`, for the arguments and the shapes."""
+        if query.is_nested:  # torch.nn.TransformerEncoder packs so what a padding mask leaves
+            rows = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
+            packed = [self.forward(*row, attn_mask=attn_mask, need_weights=False)[0] for row in rows]
+            return torch.nested.as_nested_tensor(packed), None
         single = query.dim() == 2
         if single:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -44,8 +49,8 @@ class WideAttention(nn.MultiheadAttention):
         if need_weights:
             scores = (q * scale) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            dropped = F.dropout(weights, self.dropout, self.training)
-            mixed = dropped @ v
+            weights = F.dropout(weights, self.dropout, self.training)
+            mixed = weights @ v
         else:
             dropout = self.dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)

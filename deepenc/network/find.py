@@ -86,6 +86,12 @@ def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str
     )
     unwanted = () if streams else tuple(site for site in candidates if site.stream)
     candidates = tuple(site for site in candidates if streams or not site.stream)
+    used = {owner.tensor for owner in channels.owners}
+    left_out += [
+        LeftOut(name, parameter.shape[0], _why_unused(parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in used
+    ]
     proved, refuted = prove(model, example, candidates)
     for site, reason in [
         *((site, "it belongs to a residual stream (pass streams=True)") for site in unwanted),
@@ -97,6 +103,12 @@ def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str
             sizes[slot.tensor] += site.width * slot.block
         left_out += [LeftOut(layer, size, reason) for layer, size in sizes.items()]
     return Analysis(tuple(proved), tuple(left_out))
+
+
+def _why_unused(parameter: nn.Parameter) -> str:
+    if not parameter.is_floating_point():
+        return f"its entries are of {parameter.dtype}, and are carried along as they are"
+    return "the network does not use it on the example"
 
 
 def _outside(found: Analysis, scope: str) -> Analysis:
@@ -147,7 +159,10 @@ def _candidates(channels: Channels) -> tuple[tuple[Site, ...], list[LeftOut]]:
             members = list(dict.fromkeys(int(c) for c in free[signature[free] == group]))
             site = _site(channels, owner, members, where, names)
             if isinstance(site, str):
-                left_out.append(LeftOut(owner.tensor, len(members), site))
+                made = [o for o in where if channels.roles.get((o.tensor, o.dim)) is Role.INCOMING]
+                left_out += [
+                    LeftOut(o.tensor, int(np.isin(channels.of(o), members).sum()), site) for o in made
+                ]
             else:
                 names.add(site.name)
                 sites.append(site)

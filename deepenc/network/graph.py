@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,7 +130,12 @@ class Arguments(NamedTuple):
 
 def to_device(example: Any, device: torch.device | str) -> Any:
     """The example with all its tensors on a device."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
+    moved: dict[int, Tensor] = {}  # a tensor given twice stays one: some networks ask whether it is
+
+    def move(leaf: Any) -> Any:
+        return moved.setdefault(id(leaf), leaf.to(device)) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(move, example)
 
 
 def call(model: nn.Module, example: Any) -> Any:
@@ -211,10 +216,28 @@ def _run(model: nn.Module, example: Any) -> Channels:
             f"({_kind(model, tracer.path)}) raised {type(error).__name__}: {_first_line(error)}; "
             "give an example input that the network accepts"
         ) from error
+    _leave(tracer, outputs)
+    used = {owner.tensor for owner in tracer.axes.owners}
+    if any(p.is_meta and name not in used for name, p in model.named_parameters()):
+        _train(tracer, model, example)
+    return tracer.axes.solve()
+
+
+def _leave(tracer: Tracer, outputs: Any) -> None:
+    """Declare outputs of the network."""
     for tensor in tensors_in(outputs):
         for axis in tracer.value(tensor).axes:
             tracer.axes.fix(axis, "it is an output of the network")
-    return tracer.axes.solve()
+
+
+def _train(tracer: Tracer, model: nn.Module, example: Any) -> None:
+    """Follow what runs in training only, too, such as auxiliary heads: it must fit the same widths."""
+    tracer.path.clear()
+    if isinstance(example, Tensor):
+        example = torch.cat([example, example])  # a BatchNorm wants more than one value
+        tracer.enter(example)
+    with suppress(Exception), torch.no_grad(), _layer_by_layer(), tracer:  # what does not run needs no room
+        _leave(tracer, call(model.train(), example))
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Expected:
         return cls(tensors_in(result), log.found)
 
 
-class _Constants(DryRun):
+class _Constants(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Collects the plain numbers by which a network multiplies."""
 
     def __init__(self) -> None:
@@ -52,8 +52,11 @@ class _Constants(DryRun):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = op.overloadpacket.__name__
-        if name.removesuffix("_") in {"mul", "div"}:
-            self.found += [arg for arg in args if isinstance(arg, int | float)]
+        given = [*args, *(kwargs or {}).values()]
+        factors = name.removesuffix("_") in {"mul", "div"}
+        self.found += [x for x in given if type(x) is float or (factors and type(x) is int)]
+        if factors and any(isinstance(x, Tensor) and x.is_meta for x in given):
+            self.found += [float(x) for x in given if isinstance(x, Tensor) and not (x.is_meta or x.dim())]
         elif name.startswith("_scaled_dot_product"):
             self.found.append((kwargs or {}).get("scale") or args[0].shape[-1] ** -0.5)
         return self.run(op, args, kwargs or {})
@@ -142,7 +145,7 @@ def _fill(network: nn.Module, layout: Layout) -> None:
     for silent in (False, True):
         for site in layout.sites:
             for slot in site.slots:
-                quiet = {Role.OUTGOING, *((Role.INCOMING, Role.BIAS) if site.contracted else ())}
+                quiet = {Role.OUTGOING, *((Role.INCOMING, Role.BIAS, Role.SHIFT) if site.contracted else ())}
                 tensor = state[slot.tensor].detach()
                 if (slot.role in quiet) is not silent or tensor.is_meta:
                     continue

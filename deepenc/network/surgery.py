@@ -321,7 +321,7 @@ def fit(model: nn.Module, tensors: State, layout: Layout, *, inserted: bool = Tr
                     raise AttributeError(setting.name)
             except AttributeError as error:
                 raise SiteError(
-                    f"{type(model).__name__} has no number {setting.module}.{setting.name} to follow the "
+                    f"{type(model).__name__} has no number {setting.module}.{setting.name} to follow "
                     f"the width of site {site.name!r}; are the sites those of another network?"
                 ) from error
             setattr(module, setting.name, setting.value(count if inserted else 0))

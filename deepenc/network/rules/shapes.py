@@ -131,15 +131,19 @@ def _slice(
 
 @rule_of_parts("split", "split_with_sizes", "chunk")
 def _split(tracer: Tracer, outputs: list[Tensor], x: Tensor, _: Any, dim: int = 0) -> list[Result]:
-    """Equal parts stay equal when all are widened alike; unequal ones are cut at fixed places."""
+    """Parts are widened alike, as multiples of their common divisor; equal ones stay equal."""
     axes = list(tracer.value(x).axes)
+    dim %= x.dim()
     sizes = [output.shape[dim] for output in outputs]
-    if axes[dim] is not None and len(set(sizes)) > 1:
+    part = math.gcd(*sizes)
+    if axes[dim] is not None and (not part or part == 1 < max(sizes)):
         axes = drop(tracer, x, [dim], "cuts it at a fixed place")
-    elif axes[dim] is not None:
-        why = f"{tracer.where} cuts it into equal parts"
-        axes[dim] = fold(tracer.axes, axes[dim], len(sizes), why)
-    return [tuple(axes)] * len(outputs)
+    if axes[dim] is None:
+        return [tuple(axes)] * len(outputs)
+    why = f"{tracer.where} cuts it into equal parts"
+    shared = fold(tracer.axes, axes[dim], x.shape[dim] // part, why)
+    assert shared is not None
+    return [(*axes[:dim], np.tile(shared, size // part), *axes[dim + 1 :]) for size in sizes]
 
 
 @rule("cat")
