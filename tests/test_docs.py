@@ -73,6 +73,20 @@ def test_the_readme_s_commands_on_one_network(tmp_path: Path, monkeypatch: pytes
         deepenc(*arguments, cwd=tmp_path)
 
 
+def test_the_readme_s_commands_on_any_network(tmp_path: Path) -> None:
+    (commands,) = (block for block in blocks("README.md", "sh") if "table1" in block)
+    for line in commands.splitlines():
+        program, *arguments = line.split("#")[0].split()
+        assert program == "deepenc"
+        if arguments[0] != "paper":  # tests/cli/test_paper.py runs it
+            deepenc(*arguments, cwd=tmp_path)
+
+
+def test_the_page_on_networks() -> None:
+    (code,) = blocks("docs/networks.md", "python")
+    exec(compile(code, "docs/networks.md", "exec"), {})
+
+
 def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands in their order in one folder, openssl's among them, and its library calls."""
     monkeypatch.setenv("DEEPENC_PASSPHRASE", "correct horse battery staple")

@@ -17,7 +17,7 @@ from deepenc.network.dry import DryRun
 from deepenc.network.graph import call
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
-from deepenc.network.surgery import Layout, Positions, insert
+from deepenc.network.surgery import Layout, insert
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,29 +77,25 @@ def probe(
     # One channel more the second time, and at both ends: what fits one number or one place fits not both.
     first = {s.name: tuple(range(s.width // 2, s.width // 2 + counts[s.name])) for s in sites}
     second = {s.name: (0, *range(s.width + 1, s.width + 1 + counts[s.name])) for s in sites}
-    return _refuted(model, example, sites, first, expected) or _refuted(
-        model, example, sites, second, expected
-    )
-
-
-def _refuted(
-    model: nn.Module, example: Any, sites: Sequence[Site], positions: Positions, expected: Expected
-) -> str | None:
-    try:
-        layout = Layout(sites, positions)
-        widened = insert(model, layout)
-        _fill(widened, layout)
-        got = Expected.of(widened, example)
-    except DeepencError as error:
-        return str(error)
-    except Exception as error:
-        return f"the widened network does not run: {type(error).__name__}: {error}"
-    if [tensor.shape for tensor in got.outputs] != [tensor.shape for tensor in expected.outputs]:
-        return "the widened network returns other shapes"
-    if not _same_constants(got.constants, _constants(model, example, sites, expected)):
-        return "the network scales it by its own width"
-    if not same(got.outputs, expected.outputs):
-        return "the outputs change though nothing leads to them"
+    constants: Sequence[float] | None = None
+    for positions in (first, second):
+        try:
+            layout = Layout(sites, positions)
+            widened = insert(model, layout)
+            _fill(widened, layout)
+            got = Expected.of(widened, example)
+        except DeepencError as error:
+            return str(error)
+        except Exception as error:
+            return f"the widened network does not run: {type(error).__name__}: {error}"
+        if [tensor.shape for tensor in got.outputs] != [tensor.shape for tensor in expected.outputs]:
+            return "the widened network returns other shapes"
+        if constants is None:
+            constants = _constants(model, example, sites, expected)
+        if not _same_constants(got.constants, constants):
+            return "the network scales it by its own width"
+        if not same(got.outputs, expected.outputs):
+            return "the outputs change though nothing leads to them"
     return None
 
 
