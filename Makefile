@@ -78,6 +78,7 @@ bench: $(READY)
 	"$(DEPENDENCIES)/bin/python" -m pip install --quiet $(PEER)
 	.venv/bin/python benchmarks/structure.py
 	.venv/bin/python benchmarks/matrix.py
+	.venv/bin/python benchmarks/language.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -36,7 +36,7 @@ def prove(model: nn.Module, example: Any, sites: Sequence[Site]) -> tuple[list[S
     if not all(bool(torch.isfinite(x).all() and x.any()) for x in expected.outputs if not x.is_meta):
         raise TraceError(
             "the network's outputs on the example are not finite, or all zero, and so prove nothing; "
-            "give another example input, or repair the weights"
+            "give another example input, repair the weights, or look in a submodule alone, with a scope"
         )
     refuted: Refuted = []
     heads = [site for site in sites if site.contracted]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from deepenc import plugins
-from deepenc.cli import _Commands, networks, rotation
+from deepenc.cli import _Commands, inspection, networks, rotation
 from deepenc.encryption.key import save_key
 from deepenc.victims.victim import Victim, VictimSource
 
@@ -66,7 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     public = owner.public_key().public_bytes(pem, PublicFormat.SubjectPublicKeyInfo)
     Path("owner.pub.pem").write_bytes(public)
     app = typer.Typer(cls=_Commands)
-    for command in (networks.encrypt, networks.decrypt, networks.inspect, rotation.rotate):
+    for command in (networks.encrypt, networks.decrypt, inspection.inspect, rotation.rotate):
         app.command()(command)
 
     def call(*args: str, **more: Any) -> Result:

@@ -462,7 +462,7 @@ def test_defenses_that_cannot_be_streamed(victim: Path, tmp_path: Path) -> None:
         encrypt_checkpoint(victim, tmp_path / "locked", "null")
     with pytest.raises(ConfigError, match="need all of a site's tensors"):
         encrypt_checkpoint(victim, tmp_path / "locked", {**defense, "weights": Whole()})
-    for weights, message in ((Wrong(), "expected values for"), (NotFinite(), "finite")):
+    for weights, message in ((Wrong(), "expected a tensor for each"), (NotFinite(), "finite")):
         with pytest.raises(PluginError, match=message):
             encrypt_checkpoint(victim, tmp_path / "locked", {**defense, "weights": weights})
     assert {p.name for p in tmp_path.iterdir()} == {"victim"}
