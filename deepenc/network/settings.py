@@ -75,8 +75,8 @@ def _complete(
     for settings in _proposals(module, inner):
         reason = refused(settings)
         if reason is None:
-            for setting in settings:
-                fewer = tuple(s for s in settings if s != setting)
+            for name in dict.fromkeys(setting.name for setting in settings):
+                fewer = tuple(setting for setting in settings if setting.name != name)
                 settings = fewer if refused(fewer) is None else settings
             known.append(settings)
             return _outside(site, home, settings)
