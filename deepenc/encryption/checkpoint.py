@@ -80,6 +80,11 @@ class Checkpoint:
     defense: Mapping[str, Any]
     memory: float
 
+    @classmethod
+    def of(cls, header: Header, tensors: Mapping[str, Tensor]) -> Self:
+        """Tensors with what their header says of them; both were checked before."""
+        return cls(tensors, **{n: getattr(header, n) for n in cls.__dataclass_fields__ if n != "tensors"})
+
     def rebuild(self, allow: Collection[str] = ()) -> nn.Module:
         """The encrypted network, in eval mode on the CPU, its structure made by the saved factory.
 
@@ -230,16 +235,7 @@ def load(folder: str | Path) -> Checkpoint:
             f"expected {header.fingerprint[:12]}); {_REMEDY}"
         )
     check_fit(header, tensors, folder)
-    return Checkpoint(
-        tensors,
-        header.sites,
-        header.configuration,
-        header.fingerprint,
-        header.victim,
-        header.factory,
-        header.defense,
-        header.memory,
-    )
+    return Checkpoint.of(header, tensors)
 
 
 def decrypt_tensors(tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Site
-from deepenc.network.surgery import Layout, fit, narrow, remove, widen
+from deepenc.network.surgery import Layout, fit, narrow, remove, widened
 from deepenc.plugins import Plugin
 
 DefenseLike = Defense | str | Mapping[str, Any] | None
@@ -164,20 +164,13 @@ def _shelter(
     victim = tensors_of(original.model, original.sites)
     if strangers := sorted(set(layout.changed()) - set(victim)):
         raise SiteError(f"the network lacks the sites' tensors {strangers[:5]}; are they another network's?")
-    widened = {
-        name: widen(
-            victim[name],
-            layout.kept(name, victim[name].shape),
-            layout.widened_shape(name, victim[name].shape),
-        )
-        for name in layout.changed()
-    }
+    tensors = widened(victim, layout)
     assert defense.weights is not None
     for site in layout.sites:
         if layout.positions[site.name]:
             rng = derive_rng(secret, f"weights {release}", site.name)
-            _fill(site, layout, victim, widened, defense.weights, rng)
-    network = fit(original.model, widened, layout)
+            _fill(site, layout, victim, tensors, defense.weights, rng)
+    network = fit(original.model, tensors, layout)
     for number, step in enumerate(defense.hardening):
         step.harden(network, layout, original, derive_rng(secret, f"hardening {number} {release}"))
         _check_hardened(step, network, layout, victim)
@@ -188,7 +181,7 @@ def _fill(
     site: Site,
     layout: Layout,
     victim: Mapping[str, Tensor],
-    widened: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     weights: Weights,
     rng: np.random.Generator,
 ) -> None:
@@ -196,13 +189,13 @@ def _fill(
     positions = layout.positions[site.name]
     gaps = []
     for slot in site.slots:
-        shape = list(widened[slot.tensor].shape)
+        shape = list(tensors[slot.tensor].shape)
         shape[slot.dim] = len(positions) * slot.block
         gaps.append(Gap(slot, victim[slot.tensor], tuple(shape)))
     values = weights.fill(Neurons(site, len(positions), tuple(gaps)), rng)
     check_values(values, gaps, f"weights {weights.name!r}, site {site.name!r}")
     for gap, value in zip(gaps, values, strict=True):
-        target = widened[gap.slot.tensor]
+        target = tensors[gap.slot.tensor]
         entries = layout.forged(site, gap.slot)
         target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
 

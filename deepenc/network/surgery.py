@@ -265,18 +265,18 @@ def _inverse(order: list[int]) -> list[int]:
     return [order.index(d) for d in range(len(order))]
 
 
+def widened(tensors: State, layout: Layout) -> dict[str, Tensor]:
+    """The tensors that a layout changes, each with zero-filled confusion entries."""
+    shapes = {name: tensors[name].shape for name in layout.changed()}
+    return {
+        name: widen(tensors[name], layout.kept(name, shape), layout.widened_shape(name, shape))
+        for name, shape in shapes.items()
+    }
+
+
 def insert(network: nn.Module, layout: Layout) -> nn.Module:
     """A copy of a network with zero-filled confusion channels; the given network is untouched."""
-    state = named_tensors(network)
-    tensors = {
-        name: widen(
-            state[name],
-            layout.kept(name, state[name].shape),
-            layout.widened_shape(name, state[name].shape),
-        )
-        for name in layout.changed()
-    }
-    return fit(network, tensors, layout)
+    return fit(network, widened(named_tensors(network), layout), layout)
 
 
 def remove(network: nn.Module, layout: Layout) -> nn.Module:

@@ -201,16 +201,7 @@ def load_sharded(folder: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"the tensors in {folder} are not those that were saved; restore the folder from its original"
         )
-    return Checkpoint(
-        tensors,
-        header.sites,
-        header.configuration,
-        header.fingerprint,
-        header.victim,
-        header.factory,
-        header.defense,
-        header.memory,
-    )
+    return Checkpoint.of(header, tensors)
 
 
 def _refuse_whole_networks(defense: Defense) -> None:
