@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.network.channels import slot_rows
 from deepenc.network.sites import Role, Site, Slot
 
@@ -26,6 +26,7 @@ class Collisions(Attack):
     """
 
     name: ClassVar[str] = "collisions"
+    tell: ClassVar[Weakness | None] = "copies"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

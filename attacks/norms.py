@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.network.channels import channel_rows
 from deepenc.network.sites import Role
 
@@ -23,6 +23,7 @@ class Norms(Attack):
     """
 
     name: ClassVar[str] = "norms"
+    tell: ClassVar[Weakness | None] = "loud"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

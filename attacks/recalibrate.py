@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
 from deepenc.network.batchnorm import reestimate
 
@@ -18,6 +18,7 @@ class Recalibrate(Attack):
     """
 
     name: ClassVar[str] = "recalibrate"
+    tell: ClassVar[Weakness | None] = "statistics"
 
     images: int = Field(32, ge=2)
     """Unlabelled images to use."""

@@ -25,7 +25,7 @@ from deepenc.arena import build, duel, worker
 from deepenc.arena.matrix import DATABASE, run
 from deepenc.arena.plan import Experiment
 from deepenc.arena.store import Store
-from deepenc.config import cache_folder
+from deepenc.victims.cache import cache_folder
 
 PARTS: tuple[tuple[str, Any, str], ...] = (
     ("load the victim", worker.Workspace, "victim"),

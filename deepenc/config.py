@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,6 @@ _LISTS: dict[str, tuple[Callable[[Any], Any], type[BaseModel] | None]] = {
     "attacks": (Entry.model_validate, Entry),
     "threats": (Threat.model_validate, Threat),
 }
-
-
-def cache_folder() -> Path:
-    """Where trained and converted victims are kept: ``$DEEPENC_CACHE``, or a folder of the user's cache."""
-    if own := os.environ.get("DEEPENC_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepenc"
 
 
 def load(path: str | Path) -> Experiment:

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import sys
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -76,11 +76,22 @@ class Plugin(BaseModel, ABC):
         }
 
 
-def _plain(value: Any) -> Any:
+def parts_of(value: Any) -> Iterator[Plugin]:
+    """All plugins in a value: itself, those in its fields, and in theirs."""
     if isinstance(value, Plugin):
-        return value.spec()
+        yield value
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        for field in type(value).model_fields:
+            yield from parts_of(getattr(value, field))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from parts_of(item)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        own = getattr(value, "spec", None)
+        return own() if callable(own) else value.model_dump(mode="json")
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):

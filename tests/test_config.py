@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from deepenc.config import cache_folder, load
+from deepenc.config import load
 from deepenc.errors import ConfigError
+from deepenc.victims.cache import cache_folder
 
 GOOD = """\
 name: small

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepenc.arena.case import Case
+from deepenc.arena.case import Case, Release
+from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import encrypt
@@ -22,6 +25,7 @@ from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import fit
+from deepenc.victims import training
 from deepenc.victims.victim import Images, Victim
 
 
@@ -53,6 +57,7 @@ class Encryption:
         tensors: All tensors of the encrypted network, by state-dict name.
         key: Where the confusion channels are.
         memory: Measured ΔMem / Mem.
+        secret: The defender's; never part of a case.
     """
 
     subject: Subject
@@ -60,6 +65,7 @@ class Encryption:
     tensors: Mapping[str, Tensor]
     key: Key
     memory: float
+    secret: bytes = field(repr=False)
 
     @classmethod
     def of(cls, subject: Subject, defense: Defense, secret: bytes) -> Encryption:
@@ -81,7 +87,32 @@ class Encryption:
         )
         cost = memory(tensors_of(victim.model, subject.sites), subject.sites, key.configuration)
         tensors = {name: tensor.detach() for name, tensor in named_tensors(network).items()}
-        return cls(subject, defense, tensors, key, cost.ratio)
+        return cls(subject, defense, tensors, key, cost.ratio, secret)
+
+
+@lru_cache(maxsize=2)  # several attacks on one encryption hold the same further releases
+def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption, ...]:
+    """Further releases of the same model, each under a key of its own.
+
+    Args:
+        encryption: The release that is attacked.
+        count: How many.
+        drift: Optimiser steps by which the owner fine-tuned the model before each, on the defender's images
+            (SGD, learning rate 0.01); each release goes on from the one before.
+    """
+    made = []
+    victim = encryption.subject.victim
+    for index in range(count):
+        secret = hashlib.sha256(b"release" + index.to_bytes(4) + encryption.secret).digest()
+        if drift:
+            model = _plain_copy(victim.model, torch.device("cpu"))
+            generator = torch.Generator().manual_seed(int.from_bytes(secret[:8]) >> 1)
+            recipe = training.Recipe(steps=drift, lr=0.01, final_lr=0.01)
+            training.fit(model, victim.defender, recipe, generator)
+            victim = replace(victim, model=model)
+        subject = Subject(victim, encryption.subject.sites)
+        made.append(Encryption.of(subject, encryption.defense, secret))
+    return tuple(made)
 
 
 def fresh(encryption: Encryption, device: torch.device) -> nn.Module:
@@ -121,6 +152,7 @@ def build_case(
     """
     victim, key = encryption.subject.victim, encryption.key
     meter = Meter(threat)
+    public = victim.public if threat.public_checkpoint else None
     sites = key.layout().widened_sites()
     labelled, unlabelled = _draw_images(victim.attacker, threat, seed)
     widened = {
@@ -143,6 +175,27 @@ def build_case(
         device=device,
         meter=meter,
         blank=blank,
+        public=None if public is None else meter.watch(_plain_copy(public, device)),
+        oracle=Oracle(victim.model, device, meter) if threat.oracle else None,
+        copies=tuple(
+            _release(other, threat, device, meter)
+            for other in releases(encryption, threat.copies, threat.drift)
+        ),
+    )
+
+
+def _plain_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in eval mode that shares nothing with the model."""
+    tensors = {name: t.to(device, copy=True) for name, t in named_tensors(model).items()}
+    return replace_tensors(model, tensors).eval()
+
+
+def _release(encryption: Encryption, threat: Threat, device: torch.device, meter: Meter) -> Release:
+    key = encryption.key
+    return Release(
+        encrypted=meter.watch(fresh(encryption, device)),
+        sites=key.layout().widened_sites(),
+        configuration=dict(key.configuration) if threat.configuration else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +16,24 @@ from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.plugins import Plugin
 from deepenc.victims.victim import Images
+
+Weakness = Literal["loud", "copies", "defaults", "statistics", "noise", "damage", "clones"]
+"""What planted confusion channels give away (`deepenc.arena.planted`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """Another release of the victim, encrypted under another key.
+
+    Attributes:
+        encrypted: The network, in eval mode.
+        sites: Its sites, of the same names as the case's.
+        configuration: Its confusion channels per site, or None where the threat model withholds them.
+    """
+
+    encrypted: nn.Module
+    sites: tuple[Site, ...]
+    configuration: Mapping[str, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +55,7 @@ class Case:
         threat: What the attacker knows, holds and may spend.
         seed: The attacker's own seed, in [0, 2**63).
         device: Where the networks and images are.
+        copies: Further releases under other keys; empty unless ``threat.copies > 0``.
     """
 
     encrypted: nn.Module
@@ -55,6 +74,13 @@ class Case:
     blank: Callable[[int], nn.Module] | None = field(repr=False)
     """Makes a freshly initialised network of the victim's architecture from a seed; None where the
     threat model withholds the architecture."""
+    public: nn.Module | None = field(default=None, repr=False)
+    """The public network that the victim was fine-tuned from, in eval mode; its layers have the victim's
+    names, its head may differ. None where the threat model gives none, or there is none."""
+    oracle: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    """The authorised model: inputs ``(n, ...)`` to logits ``(n, classes)``, ``n`` queries. None where the
+    threat model allows no queries."""
+    copies: tuple[Release, ...] = ()
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator seeded with the attacker's seed; the same sequence at every call."""
@@ -80,6 +106,31 @@ class Case:
         layout = Layout(narrow_sites(self.sites, channels), channels)
         return remove(self.encrypted if network is None else network, layout)
 
+    def without(self, channels: Mapping[str, tuple[int, ...]], network: nn.Module | None = None) -> Case:
+        """The case that is left when channels are removed, on the same meter.
+
+        Channels that are removed count as confusion channels: ΔC falls by as many, not below 0. Nothing is
+        known of the positions that are left.
+
+        Args:
+            channels: As for `remove`.
+            network: As for `remove`.
+        """
+        configuration = self.configuration
+        if configuration is not None:
+            configuration = {n: max(0, c - len(channels.get(n, ()))) for n, c in configuration.items()}
+        return replace(
+            self,
+            encrypted=self.remove(channels, network),
+            sites=narrow_sites(self.sites, channels),
+            configuration=configuration,
+            known={},
+        )
+
+    def with_network(self, network: nn.Module) -> Case:
+        """The same case around a changed copy of the encrypted network."""
+        return replace(self, encrypted=network)
+
 
 @dataclass(frozen=True, eq=False)
 class Claim:
@@ -102,10 +153,13 @@ class Attack(Plugin):
     Attributes:
         reference: What the attack is a reference for, if it is one: ``"floor"`` uses the encrypted network
             as it is; ``"scratch"`` uses no stolen weights.
+        tell: The planted weakness that the attack must see in its self-test (`deepenc.arena.planted`); None
+            where it promises nothing.
     """
 
     kind: ClassVar[str] = "attack"
     reference: ClassVar[Literal["floor", "scratch"] | None] = None
+    tell: ClassVar[Weakness | None] = None
 
     @property
     def needs(self) -> Needs:

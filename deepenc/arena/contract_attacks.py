@@ -48,12 +48,13 @@ class Bench:
 
     def __init__(self, attack: Attack) -> None:
         self.attack = attack
-        needs = attack.needs
+        needs = attack.needs.model_dump()
+        images = {
+            "labelled": max(LABELLED, needs["labelled"]),
+            "unlabelled": max(UNLABELLED, needs["unlabelled"]),
+        }
         self.threat = Threat(
-            name="generous",
-            key_fraction=needs.key_fraction,
-            labelled=max(LABELLED, needs.labelled),
-            unlabelled=max(UNLABELLED, needs.unlabelled),
+            name="generous", **needs | images | {"architecture": True, "configuration": True}
         )
 
     @cached_property

@@ -96,7 +96,7 @@ def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
             encrypted = encryption()
         with isolated(task.seed, task.device):
             known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
-            if lacking := _too_few_images(threat, encrypted.subject.victim):
+            if lacking := _lacking(threat, encrypted.subject.victim):
                 return task.record(state="unsupported", reason=lacking, **known)
             case = build_case(encrypted, threat, task.seed, task.leak_seed, torch.device(task.device))
             meter = case.meter
@@ -106,7 +106,7 @@ def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
         return task.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
     except Exception:  # whatever an attack raises belongs into its cell, not into the run
         return task.record(state="failed", reason=traceback.format_exc(), cost=_cost(meter), **known)
-    return task.record(state="done", cost=_cost(meter), **known, **measured)
+    return task.record(state="done", cost=_cost(meter), diverged=meter.diverged, **known, **measured)
 
 
 def fight(attack: Attack, case: Case, label: str) -> Claim:
@@ -197,7 +197,13 @@ def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _too_few_images(threat: Threat, victim: Victim) -> str | None:
+def _lacking(threat: Threat, victim: Victim) -> str | None:
+    """What a threat model promises that there is not, in words."""
+    if threat.public_checkpoint and victim.public is None:
+        return (
+            f"threat {threat.name!r} gives the attacker the public network that the victim was fine-tuned "
+            f"from; {victim.name!r} was not fine-tuned from one"
+        )
     wanted, held = threat.labelled + threat.unlabelled, len(victim.attacker)
     if wanted <= held:
         return None
@@ -213,4 +219,10 @@ def _seed_of(secret: bytes) -> int:
 
 
 def _cost(meter: Meter) -> Cost:
-    return Cost(samples=meter.samples, steps=meter.steps, seconds=meter.seconds)
+    return Cost(
+        samples=meter.samples,
+        steps=meter.steps,
+        queries=meter.queries,
+        trials=meter.trials,
+        seconds=meter.seconds,
+    )

@@ -36,6 +36,7 @@ def judge(
 
     An image whose outputs hold a NaN has no readable class: it counts as wrong, and `Accuracy.unreadable`
     says how many there were, so that a network of NaNs is not mistaken for one that merely guesses badly.
+    Of equal outputs the first class is named first, for top-1 and top-5 alike.
 
     Args:
         network: Maps ``(batch, ...)`` to ``(batch, classes)``.
@@ -49,18 +50,23 @@ def judge(
         ClaimError: The outputs are not a floating-point tensor of shape ``(batch, classes)``.
     """
     network = network.to(device).eval()
-    correct = unreadable = 0
+    correct = unreadable = top5 = 0
     with torch.no_grad():
         for start in range(0, len(images), batch):
             inputs = images.inputs[start : start + batch].to(device)
             labels = images.labels[start : start + batch].to(device)
             outputs = _checked_outputs(network(inputs), (len(inputs), classes), who)
             nan = outputs.isnan().any(dim=1)
-            correct += int(((outputs.argmax(dim=1) == labels) & ~nan).sum())
+            order = outputs.argsort(dim=1, descending=True, stable=True)[:, :5]
+            hits = (order == labels[:, None]) & ~nan[:, None]
+            correct += int(hits[:, 0].sum())
+            top5 += int(hits.sum())
             unreadable += int(nan.sum())
     if unreadable:
         log.warning("%s: %d of %d outputs are NaN; they count as wrong", who, unreadable, len(images))
-    return Accuracy(correct=correct, images=len(images), unreadable=unreadable)
+    return Accuracy(
+        correct=correct, images=len(images), unreadable=unreadable, top5=top5 if classes > 5 else None
+    )
 
 
 def _checked_outputs(outputs: object, shape: tuple[int, int], who: str) -> Tensor:
@@ -127,7 +133,8 @@ def detection(
     """
     ranks, truth = [], []
     wins, pairs = 0.0, 0
-    exact, left, total = 0, 0.0, 0.0
+    left, total = 0.0, 0.0
+    found = []
     for site in sites:
         count = len(positions.get(site.name, ()))
         if not count:
@@ -136,7 +143,8 @@ def detection(
         forged = np.zeros(site.width, dtype=bool)
         forged[list(positions[site.name])] = True
         tried = int((values >= values[forged].min()).sum())
-        exact += tried == count
+        if tried == count:
+            found.append(site.name)
         left += _log2_comb(tried, count)
         total += _log2_comb(site.width, count)
         wins += rankdata(values)[forged].sum() - count * (count + 1) / 2  # Mann and Whitney's U
@@ -151,7 +159,8 @@ def detection(
         auc=float(wins / pairs),
         average_precision=float(average_precision_score(label, rank)),
         tpr=float(true[false <= 0.01].max()),
-        exact_sites=exact,
+        exact_sites=len(found),
+        found=tuple(found),
         sites=len(truth),
         bits_left=left,
         bits=total,

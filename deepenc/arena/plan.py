@@ -12,23 +12,40 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepenc.arena.case import Attack
-from deepenc.arena.threat import Threat
+from deepenc.arena.threat import Budget, Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import PluginError
-from deepenc.plugins import code_version, get, names, parse
+from deepenc.plugins import code_version, get, names, parse, parts_of
 from deepenc.victims.victim import VictimSource
 
 log = logging.getLogger(__name__)
+
+
+class Curve(BaseModel):
+    """One budget of the threat models, over a grid.
+
+    Attributes:
+        over: Which.
+        values: The grid, in any order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    over: Budget
+    values: tuple[float, ...] = Field(min_length=1)
 
 
 class Entry(BaseModel):
     """An attack in an experiment.
 
     Attributes:
-        attack: The attack, or its spec. In YAML the entry itself may be the spec, with ``threats`` and
-            ``label`` beside the attack's own parameters.
+        attack: The attack, or its spec. In YAML the entry itself may be the spec, with the other fields
+            beside the attack's own parameters.
         threats: Names of the threat models it runs under; default: all.
         label: How tables call it; default: the attack's name.
+        keys: Keys it is fought under at most; default: the experiment's.
+        curve: In place of each threat model the attack meets one for every value of a budget, and at each
+            so do the references.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +53,16 @@ class Entry(BaseModel):
     attack: Attack
     threats: tuple[str, ...] | None = None
     label: str = ""
+    keys: int | None = Field(None, ge=1)
+    curve: Curve | None = None
+
+    def meets(self, threat: Threat) -> tuple[Threat, ...]:
+        """The threat models that one of the experiment's stands for."""
+        if self.threats is not None and threat.name not in self.threats:
+            return ()
+        if self.curve is None:
+            return (threat,)
+        return tuple(threat.at(self.curve.over, value) for value in self.curve.values)
 
     @model_validator(mode="before")
     @classmethod
@@ -45,7 +72,7 @@ class Entry(BaseModel):
         if isinstance(data, Mapping) and "attack" in data:
             return data
         spec = parse(data)
-        own = {key: spec.pop(key) for key in ("threats", "label") if key in spec}
+        own = {key: spec.pop(key) for key in cls.model_fields if key in spec and key != "attack"}
         return {"attack": spec, "label": spec["name"]} | own
 
 
@@ -105,7 +132,8 @@ class Experiment(BaseModel):
             "victims": [v.spec() for v in self.victims],
             "defenses": [d.spec() for d in self.defenses],
             "attacks": [
-                {"attack": e.attack.spec(), "label": e.label, "threats": e.threats} for e in self.attacks
+                {"attack": e.attack.spec()} | e.model_dump(mode="json", exclude={"attack"})
+                for e in self.attacks
             ],
             "threats": [t.model_dump() for t in self.threats],
             "keys": self.keys,
@@ -144,7 +172,7 @@ class Cell:
             root: The run's root, from which keys and seeds are derived.
             judge: Judge's images at most.
         """
-        plugins = (self.entry.attack, *self.defense.plugins())
+        plugins = (*parts_of(self.entry.attack), *parts_of(self.defense))
         content = {
             "victim": [self.victim.spec(), victim_fingerprint],
             "defense": self.defense.spec(),
@@ -164,7 +192,7 @@ class Cell:
 
     def attack_seed(self, root: bytes) -> int:
         """The attacker's seed, the same against every defense, in [0, 2**63)."""
-        derived = _derive(root, "attack", self.victim.spec(), self.threat.name, self.key, self.repeat)
+        derived = _derive(root, "attack", self.victim.spec(), self.threat.family, self.key, self.repeat)
         return int.from_bytes(derived[:8]) >> 1
 
     def leak_seed(self, root: bytes) -> int:
@@ -173,7 +201,7 @@ class Cell:
         It is not the attacker's seed: knowing which of the positions leaked, counted from the first, would
         tell more than the positions themselves.
         """
-        derived = _derive(root, "leak", self.victim.spec(), self.threat.name, self.key, self.repeat)
+        derived = _derive(root, "leak", self.victim.spec(), self.threat.family, self.key, self.repeat)
         return int.from_bytes(derived[:8]) >> 1
 
 
@@ -189,17 +217,33 @@ def plan(experiment: Experiment) -> list[Cell]:
 def _cells(experiment: Experiment) -> Iterator[Cell]:
     null = Defense.model_validate("null")
     defenses = {null.name: null} | {d.name: d for d in experiment.defenses}
-    entries = (*_missing_references(experiment), *experiment.attacks)
     wanted = {d.name for d in experiment.defenses}
+    bouts = _bouts(experiment)
     for victim in experiment.victims:
         for defense in defenses.values():
-            fought = [e for e in entries if _meets(e, defense, listed=defense.name in wanted)]
+            fought = [(e, t) for e, t in bouts if _meets(e, defense, listed=defense.name in wanted)]
             for key in range(experiment.keys):
-                for threat in experiment.threats:
-                    for entry in fought:
-                        if entry.threats is None or threat.name in entry.threats:
-                            for repeat in range(experiment.repeats):
-                                yield Cell(victim, defense, entry, threat, key, repeat)
+                for entry, threat in fought:
+                    if key < (entry.keys or experiment.keys):
+                        for repeat in range(experiment.repeats):
+                            yield Cell(victim, defense, entry, threat, key, repeat)
+
+
+def _bouts(experiment: Experiment) -> list[tuple[Entry, Threat]]:
+    """Attacks with the threat models they meet, the references at every point of a curve among them."""
+    entries = (*_missing_references(experiment), *experiment.attacks)
+    references = [entry for entry in entries if entry.attack.reference and entry.curve is None]
+    bouts = []
+    for threat in experiment.threats:
+        points = {
+            point.name: point
+            for entry in entries
+            for point in entry.meets(threat)
+            if entry.curve is not None and not entry.attack.reference
+        }
+        plain = [(entry, point) for entry in entries for point in entry.meets(threat)]
+        bouts += [*plain, *((entry, point) for point in points.values() for entry in references)]
+    return bouts
 
 
 def _missing_references(experiment: Experiment) -> list[Entry]:

@@ -103,7 +103,9 @@ def _search_objects(case: Case, found: Findings) -> None:
 
 def _rightful(case: Case) -> set[int]:
     """Identities of the tensors that belong to a case."""
-    tensors = [*case.encrypted.parameters(), *case.encrypted.buffers()]
+    networks = [case.encrypted, *(release.encrypted for release in case.copies)]
+    networks += [] if case.public is None else [case.public]
+    tensors = [tensor for n in networks for tensor in (*n.parameters(), *n.buffers())]
     tensors += [case.labelled.inputs, case.labelled.labels, case.unlabelled, case.example]
     return {id(tensor) for tensor in tensors} | {id(case.known)}
 

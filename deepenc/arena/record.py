@@ -21,16 +21,24 @@ class Accuracy(_Part):
         correct: Images classified right.
         images: Images judged.
         unreadable: Images for which the network gave NaN; they count as wrong.
+        top5: Images whose class is among the five highest outputs; None where there are no more than five
+            classes.
     """
 
     correct: int = Field(ge=0)
     images: int = Field(gt=0)
     unreadable: int = Field(0, ge=0)
+    top5: int | None = Field(None, ge=0)
 
     @property
     def rate(self) -> float:
         """Share of images classified right, in [0, 1]."""
         return self.correct / self.images
+
+    @property
+    def top5_rate(self) -> float | None:
+        """Share of images whose class is among the five highest, in [0, 1]; None where not counted."""
+        return None if self.top5 is None else self.top5 / self.images
 
 
 class Detection(_Part):
@@ -43,6 +51,7 @@ class Detection(_Part):
             rank, in multiples of their ΔC.
         tpr: True positive rate at 1 % false positives, in [0, 1]; pooled likewise; chance is about 0.01.
         exact_sites: Sites whose ΔC most suspect channels are exactly the confusion channels.
+        found: Names of these sites.
         sites: Sites with confusion channels.
         bits_left: log2 of the keys still to be tried by an attacker who tries them in the order that his
             scores suggest; at most ``bits``.
@@ -53,16 +62,19 @@ class Detection(_Part):
     average_precision: float = Field(ge=0, le=1)
     tpr: float = Field(ge=0, le=1)
     exact_sites: int = Field(ge=0)
+    found: tuple[str, ...] = ()
     sites: int = Field(ge=1)
     bits_left: float = Field(ge=0)
     bits: float = Field(ge=0)
 
 
 class Cost(_Part):
-    """What the attack spent, as the arena metered it."""
+    """What the attack spent, as the arena metered it (see `deepenc.arena.threat.Meter`)."""
 
     samples: int = Field(ge=0)
     steps: int = Field(ge=0)
+    queries: int = Field(0, ge=0)
+    trials: int = Field(0, ge=0)
     seconds: float = Field(ge=0)
 
 
@@ -88,9 +100,12 @@ class Record(_Part):
         cost: What the attack spent.
         memory: Measured ΔMem / Mem of the defense.
         key_bits: Entropy of the key.
+        diverged: Whether an optimisation of the attack ran into numbers that are not finite; what it claimed
+            is from before.
+        unreliable: Why the attack failed its self-test; None where it passed, or none was made.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     cell: str
     victim: str
     defense: str
@@ -108,3 +123,5 @@ class Record(_Part):
     cost: Cost | None = None
     memory: float | None = None
     key_bits: float | None = None
+    diverged: bool = False
+    unreliable: str | None = None

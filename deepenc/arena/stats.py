@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import binomtest
 
-from deepenc.arena.record import Record
+from deepenc.arena.record import Cost, Record
 
 Group = tuple[str, str, str, str]
 """Victim, defense, threat, attack: what a line of a table is about."""
@@ -76,6 +76,8 @@ class CostSummary:
 
     samples: float
     steps: float
+    queries: float
+    trials: float
     seconds: float
 
 
@@ -93,6 +95,8 @@ class CellSummary:
         memory: Mean measured ΔMem / Mem.
         key_bits: Mean entropy of the keys.
         removed: Whether the arena removed the most suspect channels itself.
+        unreliable: Why the attack failed its self-test; None where it passed.
+        diverged: How many duels ran into numbers that are not finite, and went back.
     """
 
     victim: str
@@ -110,6 +114,8 @@ class CellSummary:
     memory: float | None
     key_bits: float | None
     removed: bool
+    unreliable: str | None = None
+    diverged: int = 0
 
     @property
     def group(self) -> Group:
@@ -237,6 +243,8 @@ def _summary(group: Group, records: list[Record], references: References) -> Cel
         memory=_mean(r.memory for r in records),
         key_bits=_mean(r.key_bits for r in records),
         removed=any(r.removed for r in records),
+        unreliable=next((r.unreliable for r in records if r.unreliable), None),
+        diverged=sum(r.diverged for r in records),
     )
 
 
@@ -336,11 +344,8 @@ def _cost(records: Sequence[Record]) -> CostSummary | None:
     costs = [r.cost for r in records if r.state == "done" and r.cost is not None]
     if not costs:
         return None
-    return CostSummary(
-        samples=float(np.mean([c.samples for c in costs])),
-        steps=float(np.mean([c.steps for c in costs])),
-        seconds=float(np.mean([c.seconds for c in costs])),
-    )
+    fields = Cost.model_fields
+    return CostSummary(**{name: float(np.mean([getattr(c, name) for c in costs])) for name in fields})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ from deepenc.victims.victim import Images, Victim, VictimSource
 
 CLASSES = 4
 SHAPE = (3, 8, 8)
+SEED = 20220131
 
 
 class TinyNet(nn.Module):
@@ -45,27 +47,52 @@ def tiny_subject(attacker: int = 256) -> Subject:
     Args:
         attacker: Images in the attacker's part.
     """
-    generator = torch.Generator().manual_seed(20220131)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(20220131)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
         model = TinyNet()
-        for norm in (model.bn1, model.bn2, model.bn3):
-            norm.momentum = 1.0  # statistics of the one batch below
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.uniform_(-0.5, 0.5)
-        sample = torch.randn(512, *SHAPE, generator=generator)
+        for norm in norms(model):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+        return settled(model, attacker)
+
+
+def norms(model: TinyNet) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]:
+    """The BatchNorm layers."""
+    return model.bn1, model.bn2, model.bn3
+
+
+def settled(model: TinyNet, attacker: int) -> Subject:
+    """A network with the running statistics of its images, in which all classes occur, as a victim.
+
+    Args:
+        model: Changed in place.
+        attacker: Images in the attacker's part.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    sample = torch.randn(512, *SHAPE, generator=generator)
+    for norm in norms(model):
+        norm.momentum = 1.0  # statistics of the one batch below
+    with torch.no_grad():
         model.train()(sample)
-        model.eval()
-        for norm in (model.bn1, model.bn2, model.bn3):
-            norm.momentum = 0.1
         # Spread the logits, so that the classes are about equally frequent.
-        logits = model(sample)
+        logits = model.eval()(sample)
         scale = 3 / logits.std(dim=0)
         model.fc.bias.copy_((model.fc.bias - logits.mean(dim=0)) * scale)
         model.fc.weight.mul_(scale[:, None])
-    parts = (_images(model, count, generator) for count in (64, attacker, 256))
-    defender, thief, judge = parts
-    return Subject.of(Victim("tiny", model, CLASSES, defender, thief, judge, "tiny"))
+    for norm in norms(model):
+        norm.momentum = 0.1
+    return Subject.of(tiny_victim(model, attacker, generator))
+
+
+def tiny_victim(model: nn.Module, attacker: int, generator: torch.Generator) -> Victim:
+    """A victim with images of noise, labelled by the network itself; its public network is near to it."""
+    defender, thief, judge = (_images(model, count, generator) for count in (64, attacker, 256))
+    public = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in public.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.05 * float(parameter.square().mean().sqrt()))
+    return Victim("tiny", model, CLASSES, defender, thief, judge, "tiny", public)
 
 
 def _images(model: nn.Module, count: int, generator: torch.Generator) -> Images:

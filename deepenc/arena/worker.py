@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 
 from deepenc.arena.build import Encryption, Subject
+from deepenc.arena.case import Attack
 from deepenc.arena.duel import Task, duel
 from deepenc.arena.plan import Cell
 from deepenc.arena.record import Record
+from deepenc.arena.selftest import selftest
 from deepenc.errors import DeepencError
 from deepenc.plugins import load_file
 from deepenc.victims.victim import Victim, VictimSource
@@ -38,6 +41,7 @@ class Workspace:
         self._victims: dict[VictimSource, Victim] = {}
         self._subjects: dict[VictimSource, Subject] = {}
         self._latest: tuple[bytes, Encryption] | None = None
+        self._faults: dict[str, str | None] = {}
         self.encryptions = 0
 
     def victim(self, source: VictimSource) -> Victim:
@@ -77,7 +81,17 @@ class Workspace:
             DeepencError: The victim cannot be loaded, or has no site; nothing the attack does raises.
         """
         self.subject(task.cell.victim)
-        return duel(task, lambda: self.encryption(task.cell, task.secret))
+        record = duel(task, lambda: self.encryption(task.cell, task.secret))
+        if record.state != "done":
+            return record
+        return record.model_copy(update={"unreliable": self._fault(task.cell.entry.attack)})
+
+    def _fault(self, attack: Attack) -> str | None:
+        """Why an attack fails its self-test, made once; None where it passes."""
+        name = json.dumps(attack.spec(), sort_keys=True)
+        if name not in self._faults:
+            self._faults[name] = selftest(attack)
+        return self._faults[name]
 
 
 @dataclass(frozen=True)

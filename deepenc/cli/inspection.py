@@ -58,11 +58,11 @@ def _inspect_folder(folder: Path) -> None:
 def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, scope: str) -> None:
     import numpy as np
 
-    from deepenc.config import cache_folder
     from deepenc.encryption.defense import Defense, Original
     from deepenc.encryption.objective import memory
     from deepenc.encryption.tensors import tensors_of
     from deepenc.network.find import analyse
+    from deepenc.victims.cache import cache_folder
 
     try:
         source = source_named(spec)

@@ -54,11 +54,11 @@ def encrypt(
         return
     if folder is None:
         raise ConfigError("expected a victim and a folder for the encrypted network; give OUT, too")
-    from deepenc.config import cache_folder
     from deepenc.encryption import checkpoint
     from deepenc.encryption.defense import Defense
     from deepenc.encryption.encrypt import encrypt as make
     from deepenc.encryption.key import save_key
+    from deepenc.victims.cache import cache_folder
 
     source, chosen = source_named(victim), Defense.of(defense)
     refuse_to_replace(key, force)

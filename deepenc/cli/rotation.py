@@ -52,11 +52,11 @@ def rotate(
 
     Example: deepenc rotate released/ owner.key released2/ owner2.key
     """
-    from deepenc.config import cache_folder
     from deepenc.encryption import checkpoint
     from deepenc.encryption.defense import Defense
     from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
     from deepenc.encryption.key import load_key, save_key
+    from deepenc.victims.cache import cache_folder
 
     refuse_to_replace(new_key, force)
     refuse_to_replace(target, force)

@@ -46,8 +46,9 @@ def run(
     """
     from deepenc.arena import matrix
     from deepenc.cli.progress import watch
-    from deepenc.config import cache_folder, load
+    from deepenc.config import load
     from deepenc.plugins import load_file
+    from deepenc.victims.cache import cache_folder
 
     for path in plugin or ():
         load_file(path)
@@ -86,6 +87,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     csv: Annotated[Path | None, typer.Option(help="Write all records to this CSV file as well.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write tables to this Markdown file as well.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw heat maps and curves into this folder.")] = None,
 ) -> None:
     """Show the tables of a run, finished or not.
 
@@ -102,6 +104,11 @@ def report(
     if markdown is not None:
         write_markdown(records, markdown)
         console.print(f"tables written to {markdown}", markup=False)
+    if figures is not None:
+        from deepenc.report.figures import write_figures
+
+        for path in write_figures(records, figures):
+            console.print(f"picture written to {path}", markup=False)
 
 
 def _records(folder: Path) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Tables of a run as Markdown: defenses down, attacks across."""
+"""Tables of a run as Markdown: attacks down, defenses across."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, summarise
+from deepenc.arena.stats import CellSummary, Estimate, summarise, worst
 from deepenc.errors import StoreError
+from deepenc.report.curves import Chart, apart, charts
 
 Cell = Callable[[CellSummary], str]
 
@@ -25,20 +26,24 @@ def markdown(records: Sequence[Record]) -> str:
         records: Of one run.
 
     Returns:
-        For each victim and threat model a table of accuracies and, where scores were claimed, one of
-        detection.
+        The strongest attack on every defense; for each victim and threat model a table of accuracies and,
+        where scores were claimed, one of detection; a table for each curve.
     """
     summaries = summarise(records)
     judged = {r.accuracy.images for r in records if r.accuracy}
     keys = max((s.accuracy.keys for s in summaries if s.accuracy), default=0)
     images = f"{min(judged)} judge's images" if judged else "no images"
     parts = [f"{LEGEND} Up to {keys} keys, {images}."]
-    for victim, threat in dict.fromkeys((s.victim, s.threat) for s in summaries):
-        members = [s for s in summaries if (s.victim, s.threat) == (victim, threat)]
+    if strongest := _strongest(records, summaries):
+        parts.append(f"**The strongest attack on each key**\n\n{strongest}")
+    plain = apart(summaries)
+    for victim, threat in dict.fromkeys((s.victim, s.threat) for s in plain):
+        members = [s for s in plain if (s.victim, s.threat) == (victim, threat)]
         parts.append(f"**{victim}, accuracy under `{threat}`**\n\n{_pivot(members, _accuracy)}")
         scored = [s for s in members if s.detection]
         if scored:
             parts.append(f"**{victim}, detection under `{threat}`**\n\n{_pivot(scored, _detection)}")
+    parts += [_chart(chart) for chart in charts(summaries)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -54,27 +59,91 @@ def write_markdown(records: Sequence[Record], path: str | Path) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
+def _strongest(records: Sequence[Record], summaries: Iterable[CellSummary]) -> str:
+    found = {s.group: s for s in summaries}
+    rows = [["victim", "threat", "defense", "strongest attack (keys)", "accuracy", "advantage", "its cost"]]
+    for line in worst(records):
+        attacks = sorted(line.attacks.items(), key=lambda item: -item[1])
+        cell = found[line.victim, line.defense, line.threat, attacks[0][0]]
+        rows.append(
+            [
+                line.victim,
+                line.threat,
+                line.defense,
+                ", ".join(f"{name} ({keys})" for name, keys in attacks),
+                _estimate(line.accuracy, 100, 1),
+                "—" if line.advantage is None else _estimate(line.advantage, 1, 2),
+                _cost(cell),
+            ]
+        )
+    return _table(rows) if len(rows) > 1 else ""
+
+
+def _cost(summary: CellSummary) -> str:
+    cost = summary.cost
+    if cost is None:
+        return "—"
+    spent = [
+        (cost.samples, "samples"),
+        (cost.steps, "steps"),
+        (cost.queries, "queries"),
+        (cost.trials, "trials"),
+    ]
+    return ", ".join([*(f"{count:.0f} {what}" for count, what in spent if count), f"{cost.seconds:.1f} s"])
+
+
 def _pivot(summaries: Iterable[CellSummary], cell: Cell) -> str:
-    found = {(s.defense, s.attack): s for s in summaries}
-    attacks = list(dict.fromkeys(attack for _, attack in found))
-    rows = [["defense", "memory", *attacks]]
-    for defense in dict.fromkeys(defense for defense, _ in found):
-        line = [found.get((defense, attack)) for attack in attacks]
-        memory = next((s.memory for s in line if s and s.memory is not None), None)
-        price = "—" if memory is None else f"+{100 * memory:.1f} %"
-        rows.append([defense, price, *(cell(s) if s else "" for s in line)])
-    rows.insert(1, ["---"] * len(rows[0]))
+    found = {(s.attack, s.defense): s for s in summaries}
+    defenses = list(dict.fromkeys(defense for _, defense in found))
+    prices = {
+        d: next((s.memory for s in found.values() if s.defense == d and s.memory), None) for d in defenses
+    }
+    heads = [d if prices[d] is None else f"{d} (+{100 * (prices[d] or 0):.1f} %)" for d in defenses]
+    rows = [["attack", *heads]]
+    for attack in dict.fromkeys(attack for attack, _ in found):
+        line = [found.get((attack, defense)) for defense in defenses]
+        rows.append([attack, *(cell(s) if s else "" for s in line)])
+    return _table(rows)
+
+
+def _chart(chart: Chart) -> str:
+    budget = chart.budget.replace("_", " ")
+    rows = [["attack", "defense", *(f"{budget} {value:g}" for value in chart.values)]]
+    for line in chart.lines:
+        cells = [line.points.get(value) for value in chart.values]
+        name = f"{line.attack} (falls)" if line.falls else line.attack
+        rows.append([name, line.defense, *(_accuracy(s) if s else "" for s in cells)])
+    return f"**{chart.victim}, accuracy over {budget} under `{chart.threat}`**\n\n{_table(rows)}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _accuracy(summary: CellSummary) -> str:
-    estimate = summary.accuracy
-    if estimate is None:
+    if summary.accuracy is None:
         return ", ".join(f"{count} {state}" for state, count in summary.states.items())
-    text = f"{100 * estimate.mean:.1f}"
-    if interval := estimate.interval:
-        text += f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return text if estimate.least == estimate.most else f"{text} ({100 * estimate.most:.1f})"
+    mark = "*" if summary.unreliable else ""
+    return _estimate(summary.accuracy, 100, 1) + mark
+
+
+def _estimate(estimate: Estimate, factor: int, digits: int) -> str:
+    """The mean, its interval, and the owner's worst key.
+
+    Args:
+        estimate: What.
+        factor: All numbers are multiplied by it.
+        digits: After the point.
+    """
+
+    def text(number: float) -> str:
+        return f"{factor * number:.{digits}f}"
+
+    interval = estimate.interval
+    spread = f" [{text(interval.low)}, {text(interval.high)}]" if interval else ""
+    top = "" if estimate.least == estimate.most else f" ({text(estimate.most)})"
+    return text(estimate.mean) + spread + top
 
 
 def _detection(summary: CellSummary) -> str:

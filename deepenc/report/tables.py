@@ -135,7 +135,12 @@ def _name(line: CellSummary) -> str:
 
 
 def _state(line: CellSummary) -> str:
-    return ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(line.states.items()))
+    said = [f"{count} {state.replace('_', ' ')}" for state, count in sorted(line.states.items())]
+    if line.diverged:
+        said.append(f"{line.diverged} diverged")
+    if line.unreliable:
+        said.append("unreliable")
+    return ", ".join(said)
 
 
 def _percent(value: Estimate | None) -> tuple[str, str]:
@@ -178,6 +183,8 @@ def _reasons(summaries: Iterable[CellSummary]) -> list[RenderableType]:
         if line.reason:
             last = line.reason.strip().splitlines()[-1] if line.reason.strip() else "no reason was kept"
             found.setdefault(f"{line.attack}: {last}", line.defense)
+        if line.unreliable:
+            found.setdefault(f"{line.attack} is not reliable: {line.unreliable}", line.defense)
     return [Text(f"  {text}", style="yellow") for text in found]
 
 

@@ -18,6 +18,13 @@ from deepenc.victims.data import checksum
 log = logging.getLogger(__name__)
 
 
+def cache_folder() -> Path:
+    """Where trained and converted victims are kept: ``$DEEPENC_CACHE``, or a folder of the user's cache."""
+    if own := os.environ.get("DEEPENC_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepenc"
+
+
 def trained(path: Path, model: nn.Module, train: Callable[[nn.Module], None]) -> nn.Module:
     """Load a network's weights from a file, or train them first where the file is missing or damaged.
 

@@ -42,6 +42,8 @@ class Victim:
         attacker: The attacker's images; the network was not trained on them.
         judge: The judge's images; the network was not trained on them, and no attacker sees them.
         fingerprint: Identifies the weights and the data (SHA-256, hex).
+        public: The public network that the model was fine-tuned from, in eval mode, on the CPU; None where
+            there is none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Victim:
     attacker: Images
     judge: Images
     fingerprint: str
+    public: nn.Module | None = None
 
     @property
     def example(self) -> Tensor:

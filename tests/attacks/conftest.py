@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepenc.arena.case import Case
+from deepenc.arena.case import Case, Release
+from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout, insert
@@ -120,6 +121,8 @@ def plant(trained: nn.Module) -> Plant:
         positions: dict[str, tuple[int, ...]] | None = None,
         known: dict[str, tuple[int, ...]] | None = None,
         seed: int = 5,
+        public: nn.Module | None = None,
+        copies: tuple[Release, ...] = (),
         **threat: object,
     ) -> Planted:
         original = trained if network is None else network
@@ -161,6 +164,9 @@ def plant(trained: nn.Module) -> Plant:
             device=torch.device("cpu"),
             meter=meter,
             blank=blank if model.architecture else None,
+            public=public,
+            oracle=Oracle(original, torch.device("cpu"), meter) if model.oracle else None,
+            copies=copies,
         )
         return Planted(case, original, chosen, toy_images(400, 2))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepenc.config import cache_folder
+from deepenc.victims.cache import cache_folder
 from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
 from deepenc.encryption.key import Key
 from deepenc.errors import ConfigError, KeyFileError

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from deepenc.arena.record import Record
+from deepenc.arena.stats import wilson
 from deepenc.errors import StoreError
 from deepenc.report.export import COLUMNS, write_csv
 from deepenc.report.markdown import markdown, write_markdown
@@ -162,19 +163,35 @@ def test_a_csv_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_csv(RECORDS, tmp_path / "missing" / "out.csv")
 
 
-def test_markdown_has_defenses_down_and_attacks_across() -> None:
+def test_markdown_has_attacks_down_and_defenses_across() -> None:
     lines = markdown(RECORDS).splitlines()
-    header = next(line for line in lines if line.startswith("| defense"))
-    weak = next(line for line in lines if line.startswith("| weak"))
-    cells = dict(zip(header.split(" | "), weak.split(" | "), strict=True))
-    assert cells["memory"] == "+4.2 %"
-    assert cells["guess"].startswith("70.0 [60.0, 80.0] (80.0)")
-    assert cells["null"].startswith("20.0 [13.")  # Wilson: both keys agree
+    header = next(line for line in lines if line.startswith("| attack |"))
+    column = header.strip("| ").split(" | ").index("weak (+4.2 %)")
+    rows = [line.strip("| ").split(" | ") for line in reversed(lines)]
+    cells = {row[0]: row for row in rows}
+    assert cells["guess"][column].startswith("70.0 [60.0, 80.0] (80.0)")
+    assert cells["null"][column].startswith("20.0 [13.")  # Wilson: both keys agree
     assert any("0.75, 25%, 12 of 55 bits" in line for line in lines)
 
 
 def test_markdown_names_the_state_of_what_was_not_measured() -> None:
     assert "2 unsupported" in markdown([record("x", k, None, state="unsupported") for k in (0, 1)])
+
+
+def test_unreliable_and_diverged_attacks_are_marked() -> None:
+    fault = "on the planted weakness 'loud' it got no further than AUC 0.50"
+    marked = [*RECORDS, record("blind", 0, 40, unreliable=fault, diverged=True)]
+    words = " ".join(shown(marked, width=200).split())
+    assert "1 done, 1 diverged, unreliable" in words
+    assert f"blind is not reliable: {fault}" in words
+    high = f"{100 * wilson(40, 100).high:.1f}"
+    assert f"{high}]* |" in markdown(marked) and "*" not in markdown(RECORDS).replace("**", "")
+
+
+def test_the_strongest_attack_is_named_with_its_advantage_and_cost() -> None:
+    (row,) = [x for x in markdown(RECORDS).splitlines() if x.startswith("| tiny | thief | weak |")]
+    # 60 and 80 of 100 between 50 from scratch and 90 for the original.
+    assert "guess (2) | 70.0 [60.0, 80.0] (80.0) | 0.50 [0.25, 0.75] (0.75) | 12800 samples, 1.2 s |" in row
 
 
 def test_markdown_to_nowhere(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Gates: a factor for every channel of a network, to be learned, or to silence it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.structure import named_tensors, replace_tensors
+
+
+def gated_slots(site: Site) -> tuple[Slot, ...]:
+    """The slots that a gate multiplies: a channel is silent where they are zero.
+
+    Outgoing weights; where activations are multiplied with one another over the channels, what comes in
+    as well.
+    """
+    roles = {Role.OUTGOING}
+    if site.contracted:
+        roles |= {Role.INCOMING, Role.BIAS}
+    return tuple(slot for slot in site.slots if slot.role in roles)
+
+
+def gated_tensors(
+    tensors: Mapping[str, Tensor], sites: Sequence[Site], gates: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors that change when every channel is multiplied by its gate.
+
+    Args:
+        tensors: All tensors of the network, by state-dict name.
+        sites: Its sites.
+        gates: Site name to one factor per channel, ``(width,)``; other sites stay.
+
+    Returns:
+        New tensors, differentiable with respect to the gates; the rest of the network's are left out.
+    """
+    changed: dict[str, Tensor] = {}
+    for site in sites:
+        if site.name in gates:
+            for slot in gated_slots(site):
+                tensor = changed.get(slot.tensor, tensors[slot.tensor])
+                changed[slot.tensor] = tensor * _along(gates[site.name], slot, tensor)
+    return changed
+
+
+def _along(gate: Tensor, slot: Slot, tensor: Tensor) -> Tensor:
+    """A gate laid along the dimension of a slot, 1 where the tensor's entries are no channel of the site."""
+    factors = gate.to(tensor.dtype).repeat_interleave(slot.block)
+    before = factors.new_ones(slot.start)
+    after = factors.new_ones(tensor.shape[slot.dim] - slot.start - len(factors))
+    shape = [-1 if dim == slot.dim else 1 for dim in range(tensor.ndim)]
+    return torch.cat([before, factors, after]).view(shape)
+
+
+class Gated(nn.Module):
+    """A network all of whose channels have gates.
+
+    The network's own mode decides what its BatchNorm layers do: in training mode they normalise by the
+    batch.
+
+    Args:
+        network: To be run; a copy of one's own, since its running statistics change in training mode.
+        sites: Its sites.
+        value: Of all gates at first.
+
+    Attributes:
+        gates: Site name to the gates, ``(width,)``, leaf tensors that require gradients.
+    """
+
+    def __init__(self, network: nn.Module, sites: Sequence[Site], value: float = 1.0) -> None:
+        super().__init__()
+        self.network = network
+        self.sites = tuple(sites)
+        tensors = named_tensors(network)
+        self.gates = {
+            site.name: torch.full(
+                (site.width,), value, device=tensors[site.slots[0].tensor].device, requires_grad=True
+            )
+            for site in sites
+        }
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the gated network."""
+        changed = gated_tensors(named_tensors(self.network), self.sites, self.gates)
+        return functional_call(self.network, changed, inputs)
+
+    def baked(self) -> nn.Module:
+        """A plain network with the gates multiplied into its weights; hooks and modes as the network's."""
+        with torch.no_grad():
+            tensors = {name: tensor.clone() for name, tensor in named_tensors(self.network).items()}
+            tensors |= gated_tensors(tensors, self.sites, self.gates)
+        return replace_tensors(self.network, tensors)

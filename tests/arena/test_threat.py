@@ -1,0 +1,65 @@
+"""Budgets are counted and held; a point of a curve differs from its threat model in one number."""
+
+import pytest
+from pydantic import ValidationError
+
+from deepenc.arena.threat import Meter, Needs, Threat, point
+from deepenc.errors import OutOfBudget
+
+THIEF = Threat(name="thief", labelled=500, steps=80)
+
+
+def test_a_point_differs_in_one_budget_and_in_its_name():
+    at = THIEF.at("labelled", 50)
+    assert (at.labelled, at.steps, at.name, at.family) == (50, 80, "thief labelled=50", "thief")
+    again = at.at("steps", 3)
+    assert (again.labelled, again.steps, again.family) == (50, 3, "thief")
+
+
+@pytest.mark.parametrize(("budget", "value"), [("labelled", -1), ("key_fraction", 1.5), ("steps", 2.5)])
+def test_a_point_outside_its_range_is_refused(budget, value):
+    with pytest.raises(ValidationError, match=budget):
+        THIEF.at(budget, value)
+
+
+def test_points_are_read_back_from_names():
+    assert point(THIEF.at("key_fraction", 0.25).name) == ("thief", "key_fraction", 0.25)
+    for name in ("thief", "thief labelled", "a thief's=5", "labelled=5", "thief size=5"):
+        assert point(name) is None
+
+
+def test_all_that_is_spent_is_counted_and_limited():
+    meter = Meter(Threat(name="t", samples=10, steps=2, oracle=5, trials=1))
+    meter.charge(samples=10, steps=2, queries=5)
+    assert (meter.left("samples"), meter.left("queries"), meter.left("trials")) == (0, 0, 1)
+    for what in ("samples", "steps", "queries"):
+        with pytest.raises(OutOfBudget, match=f"{what}; the attack asked for"):
+            meter.charge(**{what: 1})
+    meter.charge(trials=1)
+    with pytest.raises(OutOfBudget, match="allows 1 trials; the attack asked for 2"):
+        meter.charge(trials=1)
+
+
+def test_queries_and_trials_must_be_allowed_samples_and_steps_need_not():
+    meter = Meter(Threat(name="t"))
+    meter.charge(samples=10**6, steps=10**6)
+    assert meter.left("samples") is None and meter.left("queries") == 0
+    with pytest.raises(OutOfBudget):
+        meter.charge(queries=1)
+
+
+def test_what_is_refused_is_not_charged():
+    meter = Meter(Threat(name="t", samples=5, oracle=5))
+    with pytest.raises(OutOfBudget):
+        meter.charge(samples=3, queries=6)
+    assert (meter.samples, meter.queries) == (0, 0)
+
+
+def test_needs_name_what_is_missing():
+    needs = Needs(public_checkpoint=True, copies=2, oracle=100).union(Needs(trials=5, copies=1))
+    assert needs.missing(Threat(name="t", oracle=10)) == [
+        "public_checkpoint",
+        "copies >= 2 (given 0)",
+        "oracle >= 100 (given 10)",
+        "trials >= 5 (given 0)",
+    ]
