@@ -121,7 +121,8 @@ def _neurons() -> list[Neurons]:
         for slot in site.slots:
             shape = list(layout.widened_shape(slot.tensor, state[slot.tensor].shape))
             shape[slot.dim] = 2 * slot.block
-            gaps.append(Gap(slot, state[slot.tensor], tuple(shape)))
+            own = state[slot.tensor]
+            gaps.append(Gap(slot, own, tuple(shape), layout.kept(slot.tensor, own.shape)))
         result.append(Neurons(site, 2, tuple(gaps)))
     return result
 

@@ -46,11 +46,14 @@ class Gap:
         slot: Where in the victim's tensor the site's channels lie.
         victim: The victim's tensor, whole; not to be changed.
         shape: Shape of the values wanted: the widened tensor's, with ``count * block`` along ``slot.dim``.
+        kept: For dimensions that are widened, where the victim's entries lie in them (`Layout.kept`); None
+            where that is not known.
     """
 
     slot: Slot
     victim: Tensor
     shape: tuple[int, ...]
+    kept: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -191,7 +191,8 @@ def _fill(
     for slot in site.slots:
         shape = list(tensors[slot.tensor].shape)
         shape[slot.dim] = len(positions) * slot.block
-        gaps.append(Gap(slot, victim[slot.tensor], tuple(shape)))
+        own = victim[slot.tensor]
+        gaps.append(Gap(slot, own, tuple(shape), layout.kept(slot.tensor, own.shape)))
     values = weights.fill(Neurons(site, len(positions), tuple(gaps)), rng)
     check_values(values, gaps, f"weights {weights.name!r}, site {site.name!r}")
     for gap, value in zip(gaps, values, strict=True):

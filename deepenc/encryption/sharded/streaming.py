@@ -86,7 +86,7 @@ class Inserter:
         gaps = []
         for slot in slots:
             shape = (*widened[: slot.dim], count * slot.block, *widened[slot.dim + 1 :])
-            gaps.append(Gap(slot, victim, shape))
+            gaps.append(Gap(slot, victim, shape, self._layout.kept(name, victim.shape)))
         values = self._weights.fill_tensor(
             Neurons(site, count, tuple(gaps)),
             derive_rng(self._secret, f"weights of tensor {name}", site.name),
