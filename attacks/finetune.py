@@ -2,55 +2,91 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
+from torch import nn
 
-from deepenc.arena.case import Attack, Case, Claim
-from deepenc.arena.threat import Needs
-from deepenc.arena.training import train
-from deepenc.victims.training import Recipe
+from deepenc.arena.case import Case, Claim
+from deepenc.arena.training import TrainedAttack, affordable, train
+from deepenc.errors import ClaimError
+from deepenc.network.batchnorm import reestimate
+from deepenc.victims import groups
 
 
-class Finetune(Attack):
-    """Train all weights of the encrypted network on the attacker's labelled images.
+class Finetune(TrainedAttack):
+    """Train the encrypted network on the attacker's labelled images.
 
-    The defaults are the paper's (Table 5): 15 epochs, SGD with momentum, a cosine from 0.1 to 0.0001,
-    BatchNorm in training mode. It takes fewer steps where the threat model's budget asks for it.
-    Differs from the paper: the task, and so the classifier's head, stays the victim's.
+    The defaults are the paper's (Table 5): all weights, 15 epochs, SGD with momentum, a cosine from 0.1 to
+    0.0001, BatchNorm in training mode. It takes fewer steps where the threat model's budget asks for it.
+    Differs from the paper: the task stays the victim's, and so does the classifier's head unless it is to
+    be fresh.
     """
 
     name: ClassVar[str] = "finetune"
 
-    epochs: int = Field(15, ge=1)
-    """Passes over the images; not used where `steps` is given."""
-    steps: int | None = Field(None, ge=1)
-    """Optimiser steps."""
-    lr: float = Field(0.1, gt=0)
-    """First learning rate."""
-    final_lr: float = Field(1e-4, ge=0)
-    """Last learning rate, reached along a cosine."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay."""
-    batch_size: int = Field(64, ge=2)
-    """Images per step."""
-
-    @property
-    def needs(self) -> Needs:
-        """Two labelled images, fewer of which have no batch statistics."""
-        return Needs(labelled=2)
+    layers: Literal["all", "head", "norms"] = "all"
+    """What is trained: all parameters, the classifier's last layer, or the normalisations' factors and
+    offsets; a network without any of these is claimed as it is."""
+    fresh_head: bool = False
+    """Whether the classifier's last layer starts anew."""
+    decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of a layer, as a fraction of the next layer's: below 1, early layers learn slowly."""
+    recalibrate: int = Field(0, ge=0)
+    """Images, unlabelled ones first, on which BatchNorm statistics are measured anew before; 0 is none."""
+    freeze_norms: bool = False
+    """Whether BatchNorm uses its stored statistics during training, and keeps them."""
+    l1: float = Field(0.0, ge=0)
+    """Weight of the absolute values of BatchNorm's factors in the loss (network slimming: what is not
+    needed falls to 0, and can be pruned after)."""
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
-        recipe = Recipe(
-            epochs=self.epochs,
-            steps=self.steps,
-            lr=self.lr,
-            final_lr=self.final_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            batch_size=self.batch_size,
+        network = case.copy()
+        recipe = self.recipe(eval_norms=self.freeze_norms)
+        if affordable(case, recipe, case.labelled).steps == 0:
+            return Claim(network=network)
+        if self.fresh_head:
+            renew(network, head_of(network, case.classes), case.seed)
+        if self.recalibrate:
+            inputs = torch.cat([case.unlabelled, case.labelled.inputs])[: self.recalibrate]
+            reestimate(network, inputs)
+        penalties = dict.fromkeys(groups.norm_scales(network), self.l1) if self.l1 else None
+        trained = groups.slowed(self.chosen(network, case.classes), network, self.decay)
+        return Claim(network=train(case, network, recipe, groups=trained, l1=penalties))
+
+    def chosen(self, network: nn.Module, classes: int) -> groups.Groups:
+        """Names of the parameters to train, with the factor 1."""
+        match self.layers:
+            case "all":
+                return groups.of_all(network)
+            case "norms":
+                return groups.of_norms(network)
+            case "head":
+                head_of(network, classes)
+                return groups.of_head(network, classes)
+
+
+def head_of(network: nn.Module, classes: int) -> str:
+    """Path of the classifier's last layer.
+
+    Raises:
+        ClaimError: No layer has one output per class.
+    """
+    path = groups.head(network, classes)
+    if path is None:
+        raise ClaimError(
+            f"finetune: no linear or convolutional layer of {type(network).__name__} has {classes} outputs, "
+            "one per class; train it with `layers: all` and without `fresh_head`"
         )
-        return Claim(network=train(case, case.copy(), recipe))
+    return path
+
+
+def renew(network: nn.Module, path: str, seed: int) -> None:
+    """Initialise a layer anew, as torch does; the global generators stay as they are."""
+    layer = network.get_submodule(path)
+    tensor = next(layer.parameters())
+    with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
+        torch.manual_seed(seed)
+        layer.reset_parameters()  # type: ignore[operator]  # linear and convolutional layers have it

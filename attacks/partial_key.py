@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.network.surgery import narrow_sites
 
 Channels = Mapping[str, tuple[int, ...]]
 
@@ -47,7 +45,7 @@ class PartialKey(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         if self.then is not None:
-            return restored(case, self.then.attack(without_known(case)))
+            return restored(case, self.then.attack(case.without(case.known)))
         gone = with_guesses(case) if self.rest == "random" else dict(case.known)
         scores = {site.name: torch.zeros(site.width) for site in case.sites}
         for channels, score in ((gone, 1.0), (case.known, 2.0)):
@@ -73,20 +71,6 @@ def with_guesses(case: Case) -> dict[str, tuple[int, ...]]:
         guessed = others[torch.randperm(len(others), generator=generator)[:missing]]
         channels[site.name] = tuple(sorted([*known, *guessed.tolist()]))
     return {name: chosen for name, chosen in channels.items() if chosen}
-
-
-def without_known(case: Case) -> Case:
-    """The case that is left when the channels that leaked are removed; nothing of it is known."""
-    configuration = case.configuration
-    if configuration is not None:
-        configuration = {n: count - len(case.known.get(n, ())) for n, count in configuration.items()}
-    return replace(
-        case,
-        encrypted=case.remove(case.known),
-        sites=narrow_sites(case.sites, case.known),
-        configuration=configuration,
-        known={},
-    )
 
 
 def restored(case: Case, claim: Claim) -> Claim:

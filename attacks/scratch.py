@@ -6,14 +6,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.case import Case, Claim
 from deepenc.arena.threat import Needs
-from deepenc.arena.training import train
+from deepenc.arena.training import TrainedAttack, train
 from deepenc.errors import ClaimError
-from deepenc.victims.training import Recipe
 
 
-class Scratch(Attack):
+class Scratch(TrainedAttack):
     """Train a fresh network of the same architecture on the attacker's labelled images.
 
     The reference that an advantage is measured from, hence a recipe that does well on few images. It takes
@@ -24,14 +23,12 @@ class Scratch(Attack):
     name: ClassVar[str] = "scratch"
     reference: ClassVar[Literal["floor", "scratch"] | None] = "scratch"
 
-    steps: int = Field(400, ge=1)
+    steps: int | None = Field(400, ge=1)
     """Optimiser steps."""
-    lr: float = Field(0.1, gt=0)
-    """First learning rate; it falls to 0 along a cosine."""
+    final_lr: float = Field(0.0, ge=0)
+    """Last learning rate, reached along a cosine."""
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay."""
-    batch_size: int = Field(64, ge=2)
-    """Images per step."""
     shift: float = Field(0.125, ge=0, lt=1)
     """Random shifts of the images, as a fraction of their size."""
 
@@ -48,13 +45,5 @@ class Scratch(Attack):
             )
         network = case.blank(case.seed).to(case.device).eval()
         if len(case.labelled) >= 2:
-            recipe = Recipe(
-                steps=self.steps,
-                lr=self.lr,
-                final_lr=0.0,
-                weight_decay=self.weight_decay,
-                batch_size=self.batch_size,
-                shift=self.shift,
-            )
-            train(case, network, recipe)
+            train(case, network, self.recipe())
         return Claim(network=network)

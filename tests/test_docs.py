@@ -20,11 +20,14 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def plugin_of(page: str, folder: Path) -> Path:
-    (code,) = (block for block in blocks(page, "python") if "class " in block)
-    file = folder / "my_plugin.py"
-    file.write_text(code, encoding="utf-8")
-    return file
+def plugins_of(page: str, folder: Path) -> list[Path]:
+    """Each plugin of a page in a file of its own."""
+    files = []
+    for index, code in enumerate(block for block in blocks(page, "python") if "class " in block):
+        files.append(folder / f"my_plugin{index or ''}.py")
+        files[-1].write_text(code, encoding="utf-8")
+    assert files
+    return files
 
 
 def deepenc(*arguments: str | Path, cwd: Path) -> str:
@@ -42,12 +45,13 @@ def test_the_readme_s_attack_is_short() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/writing_an_attack.md", "docs/writing_a_defense.md"])
 def test_plugins_of_the_pages_keep_the_contract(page: str, tmp_path: Path) -> None:
-    said = deepenc("check", plugin_of(page, tmp_path), cwd=tmp_path)
-    assert "passed" in said and "failed" not in said.lower().replace("0 failed", "")
+    for plugin in plugins_of(page, tmp_path):
+        said = deepenc("check", plugin, cwd=tmp_path)
+        assert "passed" in said and "failed" not in said.lower().replace("0 failed", "")
 
 
 def test_the_readme_s_attack_runs_in_a_matrix(tmp_path: Path) -> None:
-    plugin = plugin_of("README.md", tmp_path)
+    (plugin,) = plugins_of("README.md", tmp_path)
     (experiment,) = (block for block in blocks("README.md", "yaml") if "attacks:" in block)
     (tmp_path / "mine.yaml").write_text(experiment, encoding="utf-8")
     said = deepenc("run", "mine.yaml", "--plugin", plugin, "--out", "runs/mine", cwd=tmp_path)
@@ -99,3 +103,12 @@ def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             subprocess.run([program, *arguments], cwd=tmp_path, check=True, timeout=60)
     (code,) = blocks("docs/keys.md", "python")
     exec(compile(code, "docs/keys.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("page", "what"),
+    [("docs/attacks.md", "attacks"), ("docs/defenses.md", "weights"), ("docs/defenses.md", "hardenings")],
+)
+def test_the_tables_of_plugins_are_those_of_the_registry(page: str, what: str, tmp_path: Path) -> None:
+    table = deepenc("list", what, "--markdown", cwd=tmp_path)
+    assert table.strip() in (ROOT / page).read_text(encoding="utf-8")

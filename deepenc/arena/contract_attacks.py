@@ -16,6 +16,7 @@ from deepenc.arena.contract import Broken, Check, differing, snapshot, watched
 from deepenc.arena.duel import Task, duel, fight, isolated, measure
 from deepenc.arena.hosts import host_defense
 from deepenc.arena.plan import Cell, Entry
+from deepenc.arena.selftest import selftest
 from deepenc.arena.threat import Threat
 from deepenc.arena.tiny import TinySource, tiny_subject
 from deepenc.encryption.key import Key
@@ -36,6 +37,7 @@ def attack_checks(attack: Attack) -> list[Check]:
         Check("runs with no more than it says it needs, and is refused with less", bench.check_needs),
         Check("keeps to a budget of nothing", bench.check_budget),
         Check("claims the same whatever the key", bench.check_blind),
+        Check("sees the planted weakness that it promises to see", bench.check_promise),
     ]
 
 
@@ -155,6 +157,12 @@ class Bench:
             return  # part of the key is what it is given
         if changed := self._differs(self.second):
             raise Broken(f"its claim changes with the key ({changed[:5]}): it found a way to see it")
+
+
+    def check_promise(self) -> None:
+        """Its self-test, which the arena makes too."""
+        if fault := selftest(self.attack):
+            raise Broken(fault)
 
 
 def site_width(key: Key, name: str) -> int:

@@ -157,7 +157,7 @@ def detection(
     false, true, _ = roc_curve(label, rank, drop_intermediate=False)
     return Detection(
         auc=float(wins / pairs),
-        average_precision=float(average_precision_score(label, rank)),
+        average_precision=min(1.0, float(average_precision_score(label, rank))),  # it rounds past 1
         tpr=float(true[false <= 0.01].max()),
         exact_sites=len(found),
         found=tuple(found),

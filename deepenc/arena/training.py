@@ -2,31 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from pydantic import Field
 from torch import nn
 
-from deepenc.arena.case import Case
+from deepenc.arena.case import Attack, Case
+from deepenc.arena.threat import Needs
 from deepenc.victims.training import Recipe, fit
+from deepenc.victims.victim import Images
 
 
-def train(case: Case, network: nn.Module, recipe: Recipe) -> nn.Module:
-    """Train a network in place on the case's labelled images, with the case's seed.
+def train(
+    case: Case,
+    network: nn.Module,
+    recipe: Recipe,
+    *,
+    images: Images | None = None,
+    groups: Mapping[str, float] | None = None,
+    l1: Mapping[str, float] | None = None,
+) -> nn.Module:
+    """Train a network in place with the case's seed.
 
     The recipe, its cosine included, is cut to the budget that is left; where nothing is left, the network
-    is as it was.
+    is as it was. Where the training diverges, the case's meter says so.
 
     Args:
-        case: With at least one labelled image.
+        case: With at least one labelled image, or ``images`` are given.
         network: On the case's device.
         recipe: How.
+        images: What to train on; default: the case's labelled images.
+        groups: Learning-rate factors of parameters, by name (see `fit`).
+        l1: Weights of absolute values in the loss, by parameter name (see `fit`).
 
     Returns:
         The network, in eval mode, always with finite weights (see `fit`).
     """
-    meter, threat = case.meter, case.threat
-    affordable = recipe.within(
-        len(case.labelled),
-        steps=None if threat.steps is None else threat.steps - meter.steps,
-        samples=None if threat.samples is None else threat.samples - meter.samples,
-    )
-    fit(network, case.labelled, affordable, case.generator())
+    images = case.labelled if images is None else images
+    if not fit(network, images, affordable(case, recipe, images), case.generator(), groups, l1):
+        case.meter.diverged = True
     return network
+
+
+def affordable(case: Case, recipe: Recipe, images: Images) -> Recipe:
+    """The recipe cut to the budget that is left, for training on these images."""
+    meter = case.meter
+    return recipe.within(len(images), steps=meter.left("steps"), samples=meter.left("samples"))
+
+
+class TrainedAttack(Attack):
+    """An attack that trains on labelled images; its fields are the recipe.
+
+    The defaults are the paper's (Table 5).
+    """
+
+    epochs: int = Field(15, ge=1)
+    """Passes over the images; not used where `steps` is given."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps."""
+    lr: float = Field(0.1, gt=0)
+    """First learning rate."""
+    final_lr: float = Field(1e-4, ge=0)
+    """Last learning rate, reached along a cosine."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay."""
+    batch_size: int = Field(64, ge=2)
+    """Images per step."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is spread over all classes."""
+    flip: bool = False
+    """Whether images are mirrored left to right at random."""
+    shift: float = Field(0.0, ge=0, lt=1)
+    """Random shifts of the images, as a fraction of their size."""
+    crop: float = Field(0.0, ge=0, le=1)
+    """Smallest area of random crops, as a fraction of the image's; 0 crops nothing."""
+    mixed: bool = False
+    """Whether to compute in bfloat16 where that is safe: faster, not quite the same numbers."""
+
+    @property
+    def needs(self) -> Needs:
+        """Two labelled images, fewer of which have no batch statistics."""
+        return Needs(labelled=2)
+
+    def recipe(self, *, eval_norms: bool = False) -> Recipe:
+        """The recipe that the fields say.
+
+        Args:
+            eval_norms: As in `Recipe`.
+        """
+        own = TrainedAttack.model_fields
+        return Recipe(**{field: getattr(self, field) for field in own}, eval_norms=eval_norms)
+
+
+@contextmanager
+def portion(case: Case, runs: int, *, reserve: int = 0) -> Iterator[Case]:
+    """One of several equal parts of the steps and samples that are left, for what runs inside.
+
+    Args:
+        case: With the budget to divide.
+        runs: Parts, ``>= 1``.
+        reserve: Samples to keep back before dividing.
+
+    Yields:
+        The case with the smaller budget, on the same meter.
+    """
+    meter, whole = case.meter, case.meter.threat
+    cut: dict[str, int] = {}
+    if (steps := meter.left("steps")) is not None:
+        cut["steps"] = meter.steps + steps // runs
+    if (samples := meter.left("samples")) is not None:
+        cut["samples"] = meter.samples + max(0, samples - reserve) // runs
+    meter.threat = whole.model_copy(update=cut)
+    try:
+        yield replace(case, threat=meter.threat)
+    finally:
+        meter.threat = whole

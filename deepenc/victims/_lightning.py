@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
+from torch.overrides import TorchFunctionMode
 
-from deepenc.victims.training import Recipe
+from deepenc.victims.training import Course
 
 
 class Classifier(LightningModule):
@@ -18,28 +21,23 @@ class Classifier(LightningModule):
 
     Args:
         network: Called itself, so that hooks on it see every sample.
-        recipe: Learning rates and the like.
-        steps: Optimiser steps, over which the learning rate falls.
+        course: How.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe, steps: int) -> None:
+    def __init__(self, network: nn.Module, course: Course) -> None:
         super().__init__()
         self.network = network
-        self.recipe = recipe
-        self.steps = steps
+        self.course = course
         self.diverged = False
         self._kept: list[Tensor] = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with a cosine."""
-        recipe = self.recipe
-        optimizer = SGD(
-            self.network.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
-        schedule = CosineAnnealingLR(optimizer, T_max=self.steps, eta_min=recipe.final_lr)
+        """SGD with a cosine, one group for each factor of the learning rate."""
+        course, recipe = self.course, self.course.recipe
+        factors = sorted(set(course.factors.values()), reverse=True)
+        groups = [{"params": [p for p, own in course.factors.items() if own == f], "lr": f} for f in factors]
+        optimizer = SGD(groups, lr=1.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        schedule = LambdaLR(optimizer, lambda step: recipe.rate(step, course.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -49,12 +47,21 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor | None:
         """Cross-entropy of one batch; None ends the training."""
         inputs, labels = batch
-        loss = F.cross_entropy(self.network(inputs), labels)
+        outputs = self._outputs(inputs)
+        loss = F.cross_entropy(outputs, labels, label_smoothing=self.course.recipe.label_smoothing)
+        for parameter, weight in self.course.penalties.items():
+            loss = loss + weight * parameter.abs().sum()
         if not torch.isfinite(loss):
             self._stop()
             return None
         torch._foreach_copy_(self._kept, self._tensors())
         return loss
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        if not self.course.channels_last:
+            return cast(Tensor, self.network(inputs))
+        with _Reshaping():
+            return cast(Tensor, self.network(inputs.contiguous(memory_format=torch.channels_last)))
 
     def finish(self) -> bool:
         """Go back to the last finite state where the last step left it; say whether all went well."""
@@ -73,3 +80,16 @@ class Classifier(LightningModule):
     def _tensors(self) -> list[Tensor]:
         found = (*self.network.parameters(), *self.network.buffers())
         return [t.detach() for t in found if t.is_floating_point()]
+
+
+class _Reshaping(TorchFunctionMode):
+    """Copies where a network's `Tensor.view` does not fit maps whose channels come last in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.view:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:
+                return Tensor.reshape(*args, **kwargs)
+        return func(*args, **kwargs)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from deepenc.errors import ConfigError, OutOfBudget
-from deepenc.victims.training import Batches, Recipe, fit, shifted
+from deepenc.victims.augment import shifted
+from deepenc.victims.training import Batches, Recipe, fit
 from deepenc.victims.victim import Images
 
 
