@@ -25,6 +25,8 @@ DEFENDER = 5000
 ATTACKER_SHARE = 0.4
 DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 """What the readers raise on files that are cut or altered."""
+LAYOUTS = {"CIFAR10": ("cifar10", "cifar-10-batches-py"), "CIFAR100": ("cifar100", "cifar-100-python")}
+"""Folders of the data sets, by torchvision's name: of the arrays, and as they are published."""
 Raw = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images ``(images, 32, 32, 3)`` and labels ``(images,)``."""
 
@@ -91,15 +93,7 @@ class CifarSource(VictimSource):
         Raises:
             VictimError: None is given, or it does not exist.
         """
-        given = self.folder or os.environ.get("DEEPENC_DATA")
-        if not given:
-            raise VictimError(
-                f"victim {self.name!r} needs a data folder; give it as `folder` "
-                "or in the environment variable DEEPENC_DATA"
-            )
-        if not Path(given).is_dir():
-            raise VictimError(f"victim {self.name!r}: no data folder at {Path(given).absolute()}")
-        return Path(given)
+        return data_folder(self.folder, f"victim {self.name!r}")
 
 
 class Cifar10ResNet20(CifarSource):
@@ -130,6 +124,26 @@ class Cifar10ResNet56(CifarSource):
     depth: ClassVar[int] = 56
 
 
+def data_folder(given: Path | None, who: str) -> Path:
+    """The folder given, or that of the environment variable ``DEEPENC_DATA``.
+
+    Args:
+        given: By a configuration.
+        who: Needs it, for messages.
+
+    Raises:
+        VictimError: None is given, or it does not exist.
+    """
+    folder = given or os.environ.get("DEEPENC_DATA")
+    if not folder:
+        raise VictimError(
+            f"{who} needs a data folder; give it as `folder` or in the environment variable DEEPENC_DATA"
+        )
+    if not Path(folder).is_dir():
+        raise VictimError(f"{who}: no data folder at {Path(folder).absolute()}")
+    return Path(folder)
+
+
 def load_weights(root: Path, depth: int) -> CifarResNet:
     """The public ResNet of a depth, in eval mode.
 
@@ -143,7 +157,8 @@ def load_weights(root: Path, depth: int) -> CifarResNet:
             f"expected one file {folder}/resnet{depth}-*.th, found {[path.name for path in found]}; put the "
             "public weights there (github.com/akamaster/pytorch_resnet_cifar10, pretrained_models)"
         )
-    model = CifarResNet(depth)
+    with torch.random.fork_rng(devices=[]):  # its initialisation is overwritten; nobody's numbers for it
+        model = CifarResNet(depth)
     try:
         stored = torch.load(found[0], map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in stored.items()})
@@ -154,34 +169,36 @@ def load_weights(root: Path, depth: int) -> CifarResNet:
     return model.eval()
 
 
-def read_images(root: Path, part: str) -> Raw:
-    """CIFAR-10's images, from either layout.
+def read_images(root: Path, part: str, data: str = "CIFAR10") -> Raw:
+    """The images of CIFAR-10 or CIFAR-100, from either layout.
 
     Args:
         root: The data folder.
         part: ``"train"`` or ``"test"``.
+        data: ``"CIFAR10"`` or ``"CIFAR100"``.
 
     Raises:
         VictimError: They are missing or unusable.
     """
-    archive, batches = root / "cifar10" / f"{part}.npz", root / "cifar-10-batches-py"
+    arrays, published = LAYOUTS[data]
+    archive, batches, called = root / arrays / f"{part}.npz", root / published, data.replace("R", "R-")
     try:
         if archive.is_file():
             with archive.open("rb") as file, np.load(file, allow_pickle=False) as held:
                 images, labels = held["images"], held["labels"].astype(np.int64)
         elif batches.is_dir():
-            from torchvision.datasets import CIFAR10
+            from torchvision import datasets
 
-            data = CIFAR10(str(root), train=part == "train", download=False)
-            images, labels = data.data, np.array(data.targets, dtype=np.int64)
+            found = getattr(datasets, data)(str(root), train=part == "train", download=False)
+            images, labels = found.data, np.array(found.targets, dtype=np.int64)
         else:
             raise VictimError(
-                f"no CIFAR-10 in {root}: expected {archive} or {batches}; unpack "
-                "cifar-10-python.tar.gz of cs.toronto.edu/~kriz/cifar.html there"
+                f"no {called} in {root}: expected {archive} or {batches}; unpack "
+                f"{called.lower()}-python.tar.gz of cs.toronto.edu/~kriz/cifar.html there"
             )
     except (*DAMAGED, KeyError) as error:
         raise VictimError(
-            f"the CIFAR-10 {part} images in {root} are damaged ({error}); get them anew"
+            f"the {called} {part} images in {root} are damaged ({error}); get them anew"
         ) from error
     if images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         raise VictimError(
