@@ -158,7 +158,6 @@ class Bench:
         if changed := self._differs(self.second):
             raise Broken(f"its claim changes with the key ({changed[:5]}): it found a way to see it")
 
-
     def check_promise(self) -> None:
         """Its self-test, which the arena makes too."""
         if fault := selftest(self.attack):

@@ -42,6 +42,8 @@ class Entry(BaseModel):
         attack: The attack, or its spec. In YAML the entry itself may be the spec, with the other fields
             beside the attack's own parameters.
         threats: Names of the threat models it runs under; default: all.
+        victims: Labels of the victims it is let loose on; default: all. (An attacker's own network must be
+            another one than the victim.)
         label: How tables call it; default: the attack's name.
         keys: Keys it is fought under at most; default: the experiment's.
         curve: In place of each threat model the attack meets one for every value of a budget, and at each
@@ -52,6 +54,7 @@ class Entry(BaseModel):
 
     attack: Attack
     threats: tuple[str, ...] | None = None
+    victims: tuple[str, ...] | None = None
     label: str = ""
     keys: int | None = Field(None, ge=1)
     curve: Curve | None = None
@@ -119,10 +122,10 @@ class Experiment(BaseModel):
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
                 raise ValueError(f"{what} {twice} are listed twice; give each its own name or label")
-        known = {t.name for t in self.threats}
+        threats, victims = {t.name for t in self.threats}, {v.label for v in self.victims}
         for entry in self.attacks:
-            if strangers := sorted(set(entry.threats or ()) - known):
-                raise ValueError(f"attack {entry.label!r} names threats {strangers}; known: {sorted(known)}")
+            _all_known(entry, "threats", entry.threats, threats)
+            _all_known(entry, "victims", entry.victims, victims)
         return self
 
     def spec(self) -> dict[str, Any]:
@@ -142,6 +145,11 @@ class Experiment(BaseModel):
             "judge": self.judge,
             "device": self.device,
         }
+
+
+def _all_known(entry: Entry, what: str, named: tuple[str, ...] | None, known: set[str]) -> None:
+    if strangers := sorted(set(named or ()) - known):
+        raise ValueError(f"attack {entry.label!r} names {what} {strangers}; known: {sorted(known)}")
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,8 @@ def _cells(experiment: Experiment) -> Iterator[Cell]:
             fought = [(e, t) for e, t in bouts if _meets(e, defense, listed=defense.name in wanted)]
             for key in range(experiment.keys):
                 for entry, threat in fought:
+                    if entry.victims is not None and victim.label not in entry.victims:
+                        continue
                     if key < (entry.keys or experiment.keys):
                         for repeat in range(experiment.repeats):
                             yield Cell(victim, defense, entry, threat, key, repeat)

@@ -33,6 +33,9 @@ def list_plugins(
     plugin: Annotated[
         list[Path] | None, typer.Option(help="Python file with plugins; may be given several times.")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As a table, attacks with what they need and must see.")
+    ] = False,
 ) -> None:
     """List the attacks, defenses or victims that are installed, one line each.
 
@@ -42,6 +45,12 @@ def list_plugins(
 
     for path in plugin or ():
         load_file(path)
+    if markdown:
+        from deepenc.report import catalogue
+
+        table = catalogue.attacks() if what is Kinds.ATTACKS else catalogue.plugins(what.kind)
+        out().print(table, markup=False, soft_wrap=True, end="")
+        return
     found = names(what.kind)
     if not found:
         out().print(f"No {what} are installed.")

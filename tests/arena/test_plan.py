@@ -28,6 +28,14 @@ def test_a_dear_attack_is_fought_under_fewer_keys():
     assert on("norms") == [0, 1, 2, 3] and on("finetune") == [0, 1]
 
 
+def test_an_attack_may_be_kept_to_some_victims():
+    victims = ["digits-resnet", "cifar10-resnet20"]
+    found = cells(victims=victims, attacks=[{"name": "norms", "victims": ["digits-resnet"]}], keys=1)
+    assert {c.victim.label for c in found if c.entry.label == "norms"} == {"digits-resnet"}
+    with pytest.raises(ValidationError, match="names victims"):
+        cells(attacks=[{"name": "norms", "victims": ["nobody"]}])
+
+
 def test_a_curve_meets_a_threat_for_every_value_and_so_do_the_references():
     entry = {"name": "finetune", "curve": {"over": "labelled", "values": [10, 100]}}
     found = cells(attacks=["norms", entry], keys=1)

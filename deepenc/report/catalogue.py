@@ -1,0 +1,46 @@
+"""Which plugins there are, as a Markdown table; the pages in docs/ hold its output."""
+
+from __future__ import annotations
+
+from deepenc.arena.case import Attack
+from deepenc.arena.threat import Needs
+from deepenc.plugins import build, get, names
+
+
+def attacks() -> str:
+    """A table of all registered attacks: what each does, what it needs at least, what it promises to see."""
+    rows = [["attack", "what it does", "needs", "must see"], ["---"] * 4]
+    for name in names("attack"):
+        attack = build("attack", name)
+        assert isinstance(attack, Attack)
+        rows.append([f"`{name}`", attack.summary(), needed(attack.needs), attack.tell or "—"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def needed(needs: Needs) -> str:
+    """Needs in words.
+
+    >>> needed(Needs(labelled=2, configuration=True)), needed(Needs(key_fraction=1e-6)), needed(Needs())
+    ('ΔC, 2 labelled', 'part of the key', 'nothing')
+    """
+    words = {
+        "configuration": "ΔC",
+        "architecture": "the architecture",
+        "public_checkpoint": "the public network",
+    }
+    said = [words[field] for field in words if getattr(needs, field)]
+    said += ["part of the key"] if needs.key_fraction else []
+    counts = {"labelled": "labelled", "unlabelled": "unlabelled", "copies": "copies", "oracle": "queries"}
+    counts["trials"] = "trials"
+    said += [f"{getattr(needs, field)} {word}" for field, word in counts.items() if getattr(needs, field)]
+    return ", ".join(said) or "nothing"
+
+
+def plugins(kind: str) -> str:
+    """A table of all registered plugins of a kind: name and what it does."""
+    rows = [[kind, "what it does"], ["---"] * 2]
+    for name in names(kind):
+        found = get(kind, name)
+        summary = found.summary() if callable(found.summary) else found.summary
+        rows.append([f"`{name}`", summary])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

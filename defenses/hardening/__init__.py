@@ -1,0 +1,1 @@
+"""What is done to confusion channels after they were filled."""

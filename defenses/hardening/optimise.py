@@ -1,0 +1,139 @@
+"""Hardening: confusion weights optimised for damage that lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+from deepenc.encryption.calibration import Path, calibrate
+from deepenc.encryption.confusion import Confusion, batch_statistics, limits
+from deepenc.encryption.damage import Objective, damage, outputs
+from deepenc.encryption.defense import Hardening, Original
+from deepenc.encryption.inputs import batches, draw
+from deepenc.encryption.stealth import penalty
+from deepenc.network.structure import named_tensors
+from deepenc.network.surgery import Layout
+
+ROUND, GATE_RATE = 10, 0.1
+"""Steps after which the gates start anew, and Adam's learning rate for them."""
+Gates = Mapping[str, Tensor]
+
+
+class Optimise(Hardening):
+    """Optimise the confusion weights for damage that re-estimating BatchNorm statistics does not undo.
+
+    Adam ascends, on the confusion entries alone, a measure of damage on the defender's images, while
+    BatchNorm normalises by the batch: what a thief sees who measures the statistics anew. After each step
+    confusion channels are capped to the norms of the real ones. In the end their own running statistics are
+    measured, so that these agree with data. A network without BatchNorm is optimised as it is.
+
+    It answers attacks without labels that change nothing but statistics. Learned gates and fine-tuning with
+    some hundred labels still undo it.
+    """
+
+    name: ClassVar[str] = "optimise"
+
+    steps: int = Field(60, ge=1)
+    """Steps of Adam."""
+    lr: float = Field(0.05, gt=0)
+    """Learning rate, in units of the root mean square of the victim's entries of each tensor."""
+    objective: Objective = "response"
+    """What to raise: the relative squared response change, or the cross-entropy with the victim's own
+    predictions; the second makes outputs that are wrong more often than by chance."""
+    images: int = Field(1024, ge=2)
+    """The defender's images to use, at most."""
+    batch_size: int = Field(64, ge=2)
+    """Images per step."""
+    quantile: float = Field(1.0, ge=0.5, le=1)
+    """Cap: in no slot does a confusion channel have a larger norm than this quantile of the real channels,
+    nor a normalisation's factor or a bias outside their range."""
+    stealth: float = Field(0.0, ge=0)
+    """Weight of a detector's penalty (norms, roughness and the like; see `deepenc.encryption.stealth`)."""
+    gates: bool = False
+    """Whether to ascend the damage, too, that is left after a thief learned gates for a few steps."""
+    path: Path = "clean"
+    """Where the confusion channels' own statistics are measured (see `calibrate`)."""
+    calibration: int = Field(256, ge=2)
+    """Images to measure them on, at most, run at once."""
+
+    def harden(
+        self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
+    ) -> None:
+        """See `Hardening.harden`.
+
+        Raises:
+            ConfigError: There are no images, or the victim does not map them to ``(images, outputs)``.
+        """
+        inputs = draw(f"hardening {self.name!r}", network, original, rng, max(self.images, self.calibration))
+        used = inputs[: self.images]
+        target = outputs(original.model, used, self.batch_size)
+        confusion = Confusion(network, layout)
+        if confusion.values:
+            with batch_statistics(network):
+                self._ascend(confusion, original, used, target, rng)
+        confusion.store()
+        calibrate(network, layout, inputs[: self.calibration], self.path)
+
+    def _ascend(
+        self,
+        confusion: Confusion,
+        original: Original,
+        inputs: Tensor,
+        target: Tensor,
+        rng: np.random.Generator,
+    ) -> None:
+        victim = named_tensors(original.model)
+        allowed = limits(victim, confusion.layout.sites, self.quantile)
+        values = list(confusion.values.values())
+        rates = [self.lr * _scale(victim[name]) for name in confusion.values]
+        adam = Adam([{"params": [v], "lr": rate} for v, rate in zip(values, rates, strict=True)])
+        order = batches(len(inputs), self.batch_size, rng)
+        thief = _learned_gates(confusion, inputs, target, order) if self.gates else None
+        for _ in range(self.steps):
+            index = next(order).to(inputs.device)
+            gates = next(thief) if thief else None
+            with torch.enable_grad():
+                loss = self._loss(confusion, inputs[index], target[index], gates)
+                gradients = torch.autograd.grad(loss, values, allow_unused=True)
+            for value, gradient in zip(values, gradients, strict=True):
+                value.grad = None if gradient is None else torch.nan_to_num(gradient, 0, 0, 0)
+            adam.step()
+            confusion.cap(allowed)
+
+    def _loss(self, confusion: Confusion, inputs: Tensor, target: Tensor, gates: Gates | None) -> Tensor:
+        loss = -damage(self.objective, confusion(inputs), target)
+        if gates is not None:
+            loss = (loss - damage(self.objective, confusion(inputs, gates=gates), target)) / 2
+        if self.stealth:
+            loss = loss + self.stealth * penalty(confusion.tensors(), confusion.layout)
+        return loss
+
+
+def _learned_gates(
+    confusion: Confusion, inputs: Tensor, target: Tensor, order: Iterator[Tensor]
+) -> Iterator[Gates]:
+    """Gates of a thief who takes one step each time, and starts anew after each round."""
+    device = inputs.device
+    while True:
+        gates = {s.name: torch.ones(s.width, device=device, requires_grad=True) for s in confusion.sites}
+        adam = Adam(gates.values(), lr=GATE_RATE)
+        for _ in range(ROUND):
+            index = next(order).to(device)
+            with torch.enable_grad():
+                loss = cross_entropy(confusion(inputs[index], gates=gates), target[index].argmax(1))
+                gradients = torch.autograd.grad(loss, list(gates.values()))
+            for gate, gradient in zip(gates.values(), gradients, strict=True):
+                gate.grad = gradient
+            adam.step()
+            yield {name: gate.detach() for name, gate in gates.items()}
+
+
+def _scale(tensor: Tensor) -> float:
+    return float(tensor.detach().double().square().mean().sqrt())
