@@ -1,0 +1,148 @@
+"""What becomes of the network when a channel is silenced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.threat import Needs
+from deepenc.errors import ClaimError
+from deepenc.network.batchnorm import reestimate
+from deepenc.network.gates import gated_slots
+from deepenc.network.sites import Site
+from deepenc.network.statistics import distance, norm_moments, norms, stored
+from deepenc.network.structure import named_tensors
+from deepenc.network.surgery import forged_entries
+
+
+class Ablation(Attack):
+    """Suspect the channels whose silence does the network good, measured one at a time.
+
+    A channel's score is how far the objective falls when its outgoing weights are zero. Greedy, the worst
+    channels of each site go and the rest is measured again: confusion channels hide each other's effect.
+    Of many channels that do harm together, single ones show little: it promises nothing in a self-test.
+    """
+
+    name: ClassVar[str] = "ablation"
+
+    mode: Literal["single", "greedy"] = "single"
+    """Measure once, or again after every removal."""
+    objective: Literal["loss", "entropy", "statistics"] = "statistics"
+    """What shall fall: cross-entropy on labels; the entropy of predictions less that of their mean, so that
+    to answer one class with confidence is no good; the distance of BatchNorm's inputs from its stored
+    statistics."""
+    images: int = Field(64, ge=2)
+    """Images to measure on, labelled ones for the loss."""
+    per_round: int = Field(1, ge=1)
+    """Channels of each site that go in a round of greedy."""
+    recalibrate: bool = Field(False)
+    """Whether greedy measures BatchNorm's statistics anew after each round; not for statistics."""
+
+    @model_validator(mode="after")
+    def _keeps_its_reference(self) -> Self:
+        if self.recalibrate and (self.objective == "statistics" or self.mode == "single"):
+            raise ValueError("`recalibrate` is for `mode: greedy`, and an objective other than 'statistics'")
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        """The images; greedy must know when to stop."""
+        loss = self.objective == "loss"
+        return Needs(
+            configuration=self.mode == "greedy",
+            labelled=self.images if loss else 0,
+            unlabelled=0 if loss else self.images,
+        )
+
+    def attack(self, case: Case) -> Claim:
+        """See `Attack.attack`."""
+        network = case.copy()
+        inputs = (case.labelled.inputs if self.objective == "loss" else case.unlabelled)[: self.images]
+        measure = self._objective(network, inputs, case.labelled.labels[: self.images])
+        if self.mode == "single":
+            return Claim(scores={site.name: falls(network, site, measure) for site in case.sites})
+        if case.configuration is None:
+            raise ClaimError("greedy ablation needs `configuration: true` in the threat model")
+        scores: dict[str, Tensor] = {}
+        gone: dict[str, list[int]] = {site.name: [] for site in case.sites}
+        open_sites = list(case.sites)
+        while open_sites:
+            scores |= {site.name: falls(network, site, measure, gone[site.name]) for site in open_sites}
+            for site in open_sites:
+                missing = case.configuration.get(site.name, 0) - len(gone[site.name])
+                order = scores[site.name].argsort(descending=True, stable=True).tolist()
+                worst = [channel for channel in order if channel not in gone[site.name]]
+                worst = worst[: min(missing, self.per_round)]
+                silence(network, site, worst)
+                gone[site.name] += worst
+            open_sites = [s for s in open_sites if len(gone[s.name]) < case.configuration.get(s.name, 0)]
+            if self.recalibrate and open_sites:
+                reestimate(network, inputs)
+        return Claim(scores={name: ranked(found, gone[name]) for name, found in scores.items()})
+
+    def _objective(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], float]:
+        def value() -> float:
+            if self.objective == "statistics":
+                return inconsistency(network, inputs)
+            with torch.no_grad():
+                logits = network(inputs).double()
+            if self.objective == "loss":
+                return float(F.cross_entropy(logits, labels))
+            return -information(logits)
+
+        return value
+
+
+def information(logits: Tensor) -> float:
+    """Entropy of the mean prediction less the mean entropy of predictions, in nats; ``>= 0``."""
+    chances = logits.softmax(1)
+    return float(torch.special.entr(chances.mean(0)).sum() - torch.special.entr(chances).sum(1).mean())
+
+
+def inconsistency(network: nn.Module, inputs: Tensor) -> float:
+    """Mean distance of what BatchNorm layers get from their stored statistics; 0 without such layers."""
+    layers = norms(network)
+    far = [
+        distance(moments, stored(layers[path]), layers[path].eps).log1p()
+        for path, moments in norm_moments(network, inputs).items()
+    ]
+    return float(torch.cat(far).mean()) if far else 0.0
+
+
+def falls(network: nn.Module, site: Site, measure: Callable[[], float], gone: Sequence[int] = ()) -> Tensor:
+    """How far the objective falls when each channel is silenced, ``(width,)``; 0 for those that are."""
+    before = measure()
+    tensors = {slot.tensor: named_tensors(network)[slot.tensor].detach() for slot in gated_slots(site)}
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    found = torch.zeros(site.width, dtype=torch.float64)
+    for channel in range(site.width):
+        if channel not in gone:
+            silence(network, site, [channel])
+            found[channel] = before - measure()
+            for name, tensor in tensors.items():
+                tensor.copy_(kept[name])
+    return found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def silence(network: nn.Module, site: Site, channels: Sequence[int]) -> None:
+    """Zero what carries channels on, in place."""
+    tensors = named_tensors(network)
+    for slot in gated_slots(site):
+        entries = forged_entries(slot, channels) + slot.start
+        tensor = tensors[slot.tensor].detach()
+        tensor.index_fill_(slot.dim, entries.to(tensor.device), 0)
+
+
+def ranked(scores: Tensor, gone: Sequence[int]) -> Tensor:
+    """Scores with those that went above all others, the first on top."""
+    scores = scores.clone()
+    top = float(scores.max())
+    for place, channel in enumerate(reversed(gone), 1):
+        scores[channel] = top + place
+    return scores

@@ -1,0 +1,77 @@
+"""Training the encrypted network to answer as the authorised model does."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from deepenc.arena.case import Case, Claim, Weakness
+from deepenc.arena.threat import Needs
+from deepenc.arena.training import TrainedAttack, affordable, train
+from deepenc.errors import ClaimError
+from deepenc.victims.victim import Images
+
+
+class Distill(TrainedAttack):
+    """Ask the authorised model about every image held, and train the encrypted network on its answers.
+
+    No label is used. From a blank network it is the Knockoff attack (Orekondy et al. 2019), which steals by
+    the answers alone: what the encrypted network is worth beyond these is the difference.
+    """
+
+    name: ClassVar[str] = "distill"
+    tell: ClassVar[Weakness | None] = "damage"
+
+    start: Literal["encrypted", "blank"] = "encrypted"
+    """What is trained: the encrypted network, or a freshly initialised one."""
+    queries: int = Field(1000, ge=2)
+    """Images to ask about, at most, once each: unlabelled ones first, then labelled ones."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the outputs of both models before the softmax; gradients shrink with its square."""
+    lr: float = Field(0.01, gt=0)
+    """First learning rate."""
+
+    @property
+    def needs(self) -> Needs:
+        """Two images, fewer of which have no batch statistics, and answers about them."""
+        return Needs(unlabelled=2, oracle=2, architecture=self.start == "blank")
+
+    def attack(self, case: Case) -> Claim:
+        """See `Attack.attack`."""
+        if case.oracle is None:
+            raise ClaimError("distill needs answers of the authorised model: `oracle` of at least 2")
+        network = self._start(case)
+        left = case.meter.left("queries")
+        held = torch.cat([case.unlabelled, case.labelled.inputs])
+        inputs = held[: self.queries if left is None else min(self.queries, left)]
+        recipe = self.recipe()
+        # Whoever cannot train keeps the answers for another.
+        if len(inputs) < 2 or affordable(case, recipe, Images(inputs, inputs)).steps == 0:
+            return Claim(network=network)
+        answers = (case.oracle(inputs).float() / self.temperature).softmax(dim=1)
+        train(case, Tempered(network, self.temperature), recipe, images=Images(inputs, answers))
+        return Claim(network=network)
+
+    def _start(self, case: Case) -> nn.Module:
+        if self.start == "encrypted":
+            return case.copy()
+        if case.blank is None:
+            raise ClaimError("distill from a blank network needs `architecture: true`")
+        return case.blank(case.seed).eval()
+
+
+class Tempered(nn.Module):
+    """A network whose outputs are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network = network
+        self.temperature = temperature
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Divided outputs."""
+        outputs: Tensor = self.network(inputs)
+        return outputs / self.temperature

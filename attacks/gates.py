@@ -1,0 +1,189 @@
+"""A gate for every channel, learned on the attacker's images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Adam
+
+from deepenc.arena.case import Attack, Case, Claim, Weakness
+from deepenc.arena.optimise import descend
+from deepenc.arena.threat import Needs
+from deepenc.network.batchnorm import reestimate
+from deepenc.network.gates import Gated
+from deepenc.network.statistics import Moments, distance, norms, removed, stored
+
+# Hard-concrete gates, Louizos et al. 2018: temperature, and the interval that is cut to [0, 1].
+TEMPERATURE, LOWEST, HIGHEST = 2 / 3, -0.1, 1.1
+SMALL = 1e-6
+
+
+class Gates(Attack):
+    """Learn one gate per channel on a few images; suspect the channels whose gates close.
+
+    A gate multiplies what its channel passes on; all weights stay. The gated network is the repaired one,
+    and the gates are scores. The logarithm of the objective is minimised, by steps of Adam that shrink with
+    a slope below `damping`: a few ruinous channels are then shut first, one after the other, and gates that
+    hardly matter stay where they are instead of learning the images by heart.
+    """
+
+    name: ClassVar[str] = "gates"
+    tell: ClassVar[Weakness | None] = "damage"
+
+    objective: Literal["loss", "entropy", "statistics"] = "loss"
+    """Cross-entropy of labelled images; or, unlabelled, the mean entropy of the predictions less the entropy
+    of their mean (InfoMax), or how far batches' statistics are from those that BatchNorm stores."""
+    form: Literal["linear", "sigmoid", "hard-concrete"] = "linear"
+    """What is learned: the gate; a number that a sigmoid makes a gate; or one that gives the odds of a gate
+    that is drawn anew in every step, and is often 0 or 1."""
+    start: float = Field(1.0, gt=0)
+    """Of all gates; but for linear ones at most 0.95, where they can still move."""
+    sparsity: float = Field(0.0, ge=0)
+    """Weight of the gates' absolute values, summed; of the odds to be open, for hard-concrete ones."""
+    tie: float = Field(0.1, ge=0)
+    """Weight of the gates' distances from 1, summed: most channels are real."""
+    steps: int = Field(60, ge=1)
+    """Steps of Adam."""
+    lr: float = Field(0.1, gt=0)
+    """Learning rate."""
+    damping: float = Field(0.3, gt=0)
+    """Slope below which steps shrink."""
+    batch_size: int = Field(64, ge=2)
+    """Images per step."""
+    freeze_norms: bool = True
+    """Whether BatchNorm uses its stored statistics; else those of each batch, and in the end all are
+    measured anew."""
+    keep: Literal["soft", "hard"] = "soft"
+    """Claim the gated network; or the scores alone, for the arena to remove the ΔC most suspect channels of
+    each site, and where ΔC is withheld the network without the channels whose gates are below `threshold`."""
+    threshold: float = Field(0.5, gt=0)
+    """As a fraction of the median gate of the site."""
+
+    @property
+    def needs(self) -> Needs:
+        """Two images, fewer of which have no batch statistics; labelled ones for the loss."""
+        return Needs(labelled=2) if self.objective == "loss" else Needs(unlabelled=2)
+
+    def attack(self, case: Case) -> Claim:
+        """See `Attack.attack`."""
+        every = torch.cat([case.labelled.inputs, case.unlabelled])
+        renewed = bool(norms(case.encrypted)) and not self.freeze_norms
+        gated = Gated(case.copy(), case.sites)
+        taken = self._learn(case, gated, reserve=len(every) if renewed and self.keep == "soft" else 0)
+        gates = {name: gate.detach() for name, gate in gated.gates.items()}
+        scores = {name: -gate.double().cpu() for name, gate in gates.items()}
+        if not taken:
+            return Claim(scores=scores, network=case.copy())
+        if self.keep == "hard":
+            pruned = case.remove(closed(gates, self.threshold)) if case.configuration is None else None
+            return Claim(scores=scores, network=pruned)
+        network = gated.baked()
+        if renewed:
+            reestimate(network, every)
+        return Claim(scores=scores, network=network)
+
+    def _learn(self, case: Case, gated: Gated, reserve: int) -> int:
+        """Set the gates; ``reserve`` samples are left over. Gives the steps taken."""
+        inputs = case.labelled.inputs if self.objective == "loss" else case.unlabelled
+        generator, size = case.generator(), min(self.batch_size, len(inputs))
+        left = case.meter.left("samples")
+        steps = self.steps if left is None else min(self.steps, max(0, left - reserve) // size)
+        learned = {name: torch.full_like(gate, self._first()).detach() for name, gate in gated.gates.items()}
+        before = norms(case.encrypted)
+        if self.objective == "statistics" and not before:
+            steps = 0  # nothing to agree with
+
+        def loss() -> Tensor:
+            chosen = torch.randperm(len(inputs), generator=generator)[:size].to(case.device)
+            gated.gates = {name: self._opened(number, generator) for name, number in learned.items()}
+            with mismatches(gated.network, before) as missed:
+                outputs = gated(inputs[chosen])
+            match self.objective:
+                case "loss":
+                    value = F.cross_entropy(outputs, case.labelled.labels[chosen])
+                case "entropy":
+                    value = deficit(outputs)
+                case "statistics":
+                    value = torch.stack(missed).mean()
+            return value.clamp_min(SMALL).log() + self._penalty(gated.gates, learned)
+
+        for layer in norms(gated.network).values():
+            layer.train(not self.freeze_norms)
+        taken = descend(
+            case, learned.values(), loss, steps=steps, lr=self.lr, optimizer=partial(Adam, eps=self.damping)
+        )
+        gated.network.eval()
+        gated.gates = {name: self._opened(number, None) for name, number in learned.items()}
+        return taken
+
+    def _first(self) -> float:
+        """What is learned of each gate, at first."""
+        if self.form == "linear":
+            return self.start
+        share = min(self.start, 0.95)
+        if self.form == "hard-concrete":
+            share = (share - LOWEST) / (HIGHEST - LOWEST)
+        return math.log(share / (1 - share))
+
+    def _opened(self, learned: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Gates, ``(width,)``; hard-concrete ones are drawn, or without a generator the typical ones."""
+        if self.form == "linear":
+            return learned.clone()
+        if self.form == "sigmoid":
+            return learned.sigmoid()
+        if generator is not None:
+            drawn = torch.rand(learned.shape, generator=generator).clamp(SMALL, 1 - SMALL).to(learned)
+            learned = (drawn.logit() + learned) / TEMPERATURE
+        return (learned.sigmoid() * (HIGHEST - LOWEST) + LOWEST).clamp(0, 1)
+
+    def _penalty(self, gates: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor:
+        every = torch.cat(list(gates.values()))
+        size = every.abs()
+        if self.form == "hard-concrete":
+            size = (torch.cat(list(learned.values())) - TEMPERATURE * math.log(-LOWEST / HIGHEST)).sigmoid()
+        return self.sparsity * size.sum() + self.tie * (1 - every).abs().sum()
+
+
+def deficit(outputs: Tensor) -> Tensor:
+    """What the predictions lack to be sure, and of every class alike: 0 to log(classes)."""
+    logs = outputs.log_softmax(dim=1)
+    mean = logs.exp().mean(0)
+    information = (logs.exp() * logs).sum(1).mean() - (mean * mean.clamp_min(SMALL).log()).sum()
+    return math.log(outputs.shape[1]) - information
+
+
+@contextmanager
+def mismatches(network: nn.Module, before: Mapping[str, _BatchNorm]) -> Iterator[list[Tensor]]:
+    """Collect how far what each BatchNorm layer gets is from what it stored before.
+
+    A channel counts by the logarithm: those that never fit, confusion channels, shall not outweigh the rest.
+    """
+    found: list[Tensor] = []
+
+    def see(path: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        values = given[0].transpose(0, 1).flatten(1)
+        moments = Moments(values.mean(1), values.var(1, correction=0))
+        layer = before[path]
+        found.append(distance(moments, stored(layer), layer.eps).log1p().mean())
+
+    handles = [layer.register_forward_pre_hook(partial(see, path)) for path, layer in norms(network).items()]
+    with removed(handles):
+        yield found
+
+
+def closed(gates: Mapping[str, Tensor], threshold: float) -> dict[str, tuple[int, ...]]:
+    """Channels whose gates are below a share of their site's median; of every site at least one stays."""
+    chosen = {}
+    for name, gate in gates.items():
+        shut = (gate < threshold * gate.median().clamp_min(SMALL)) & (gate < gate.max())
+        chosen[name] = tuple(shut.nonzero().flatten().tolist())
+    return chosen

@@ -1,0 +1,29 @@
+"""Statistics of every channel from the weights alone: a table a site, so that a detector is ten lines.
+
+``standardised(features(named_tensors(network), sites, ["roughness_in"])["conv1"])`` tells how unusually rough
+the kernels of each channel of a site are.
+"""
+
+from deepenc.network.features.parts import Channels, Part, Side
+from deepenc.network.features.table import (
+    CHANNELS,
+    NAMES,
+    SIDES,
+    Table,
+    features,
+    robust,
+    standardised,
+)
+
+__all__ = [
+    "CHANNELS",
+    "NAMES",
+    "SIDES",
+    "Channels",
+    "Part",
+    "Side",
+    "Table",
+    "features",
+    "robust",
+    "standardised",
+]
