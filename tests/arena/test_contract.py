@@ -17,7 +17,13 @@ from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
 from deepenc.errors import PluginError
 from deepenc.plugins import build, names
 
-SLOW = {"finetune": {"epochs": 1}, "scratch": {"steps": 3}}
+SLOW = {
+    "finetune": {"epochs": 1},
+    "scratch": {"steps": 3},
+    "chain": {"stages": ["norms", {"name": "finetune", "epochs": 1}]},
+    "tuned": {"of": {"name": "finetune", "epochs": 1}, "trials": 2},
+    "replace-block": {"steps": 3, "warm": 2},
+}
 KINDS = ("attack", "placement", "weights", "hardening")
 
 
