@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
+from deepenc.arena.unlabelled import inconsistency, information
 from deepenc.errors import ClaimError
 from deepenc.network.batchnorm import reestimate
 from deepenc.network.gates import gated_slots
 from deepenc.network.sites import Site
-from deepenc.network.statistics import distance, norm_moments, norms, stored
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import forged_entries
 
@@ -94,25 +94,9 @@ class Ablation(Attack):
                 logits = network(inputs).double()
             if self.objective == "loss":
                 return float(F.cross_entropy(logits, labels))
-            return -information(logits)
+            return -float(information(logits))
 
         return value
-
-
-def information(logits: Tensor) -> float:
-    """Entropy of the mean prediction less the mean entropy of predictions, in nats; ``>= 0``."""
-    chances = logits.softmax(1)
-    return float(torch.special.entr(chances.mean(0)).sum() - torch.special.entr(chances).sum(1).mean())
-
-
-def inconsistency(network: nn.Module, inputs: Tensor) -> float:
-    """Mean distance of what BatchNorm layers get from their stored statistics; 0 without such layers."""
-    layers = norms(network)
-    far = [
-        distance(moments, stored(layers[path]), layers[path].eps).log1p()
-        for path, moments in norm_moments(network, inputs).items()
-    ]
-    return float(torch.cat(far).mean()) if far else 0.0
 
 
 def falls(network: nn.Module, site: Site, measure: Callable[[], float], gone: Sequence[int] = ()) -> Tensor:

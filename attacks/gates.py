@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Adam
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.optimise import descend
 from deepenc.arena.threat import Needs
+from deepenc.arena.unlabelled import information, mismatches
 from deepenc.network.batchnorm import reestimate
 from deepenc.network.gates import Gated
-from deepenc.network.statistics import Moments, distance, norms, removed, stored
+from deepenc.network.statistics import norms
 
 # Hard-concrete gates, Louizos et al. 2018: temperature, and the interval that is cut to [0, 1].
 TEMPERATURE, LOWEST, HIGHEST = 2 / 3, -0.1, 1.1
@@ -111,7 +110,7 @@ class Gates(Attack):
                 case "loss":
                     value = F.cross_entropy(outputs, case.labelled.labels[chosen])
                 case "entropy":
-                    value = deficit(outputs)
+                    value = math.log(outputs.shape[1]) - information(outputs)
                 case "statistics":
                     value = torch.stack(missed).mean()
             return value.clamp_min(SMALL).log() + self._penalty(gated.gates, learned)
@@ -151,33 +150,6 @@ class Gates(Attack):
         if self.form == "hard-concrete":
             size = (torch.cat(list(learned.values())) - TEMPERATURE * math.log(-LOWEST / HIGHEST)).sigmoid()
         return self.sparsity * size.sum() + self.tie * (1 - every).abs().sum()
-
-
-def deficit(outputs: Tensor) -> Tensor:
-    """What the predictions lack to be sure, and of every class alike: 0 to log(classes)."""
-    logs = outputs.log_softmax(dim=1)
-    mean = logs.exp().mean(0)
-    information = (logs.exp() * logs).sum(1).mean() - (mean * mean.clamp_min(SMALL).log()).sum()
-    return math.log(outputs.shape[1]) - information
-
-
-@contextmanager
-def mismatches(network: nn.Module, before: Mapping[str, _BatchNorm]) -> Iterator[list[Tensor]]:
-    """Collect how far what each BatchNorm layer gets is from what it stored before.
-
-    A channel counts by the logarithm: those that never fit, confusion channels, shall not outweigh the rest.
-    """
-    found: list[Tensor] = []
-
-    def see(path: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-        values = given[0].transpose(0, 1).flatten(1)
-        moments = Moments(values.mean(1), values.var(1, correction=0))
-        layer = before[path]
-        found.append(distance(moments, stored(layer), layer.eps).log1p().mean())
-
-    handles = [layer.register_forward_pre_hook(partial(see, path)) for path, layer in norms(network).items()]
-    with removed(handles):
-        yield found
 
 
 def closed(gates: Mapping[str, Tensor], threshold: float) -> dict[str, tuple[int, ...]]:

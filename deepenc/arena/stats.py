@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import binomtest
 
+from deepenc.arena.layers import Layers, per_layer
 from deepenc.arena.record import Cost, Record
 
 Group = tuple[str, str, str, str]
@@ -59,7 +60,8 @@ class Estimate:
 class DetectionSummary:
     """Means over keys of what `Detection` measures; ``exact`` is the share of sites found exactly.
 
-    Where less is worse for the owner (``bits_left``), the worst key is the one with the ``least``.
+    Where less is worse for the owner (``bits_left``), the worst key is the one with the ``least``. ``layers``
+    sets the paper's p^L beside how often all sites were found.
     """
 
     auc: Estimate
@@ -68,6 +70,7 @@ class DetectionSummary:
     exact: Estimate
     bits_left: Estimate
     bits: float
+    layers: Layers
 
 
 @dataclass(frozen=True)
@@ -337,6 +340,7 @@ def _detection(records: Sequence[Record]) -> DetectionSummary | None:
         exact=over(lambda d: d.exact_sites / d.sites),
         bits_left=over(lambda d: d.bits_left),
         bits=over(lambda d: d.bits).mean,
+        layers=per_layer([r.detection for r in found if r.detection]),
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepenc.network.channels import slot_rows
 from deepenc.network.gates import gated_tensors
@@ -150,20 +148,3 @@ def limits(tensors: Mapping[str, Tensor], sites: Sequence[Site], quantile: float
                 least, largest = 0.0, rows.norm(dim=1).quantile(quantile).item()
             result[site.name, slot] = (least, largest)
     return result
-
-
-@contextmanager
-def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers normalise by the batch, and neither use nor change their running statistics.
-
-    It is what whoever measures the statistics anew sees. Modes, momenta and flags are as before afterwards.
-    """
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
-    try:
-        for layer in layers:
-            layer.training, layer.track_running_stats = True, False
-        yield
-    finally:
-        for layer, training, track in before:
-            layer.training, layer.track_running_stats = training, track

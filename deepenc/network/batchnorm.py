@@ -52,3 +52,21 @@ def _measuring(network: nn.Module, found: list[_BatchNorm]) -> Iterator[None]:
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers normalise by the batch, and neither use nor change their running statistics.
+
+    It is what whoever measures the statistics anew sees. Modes, momenta and flags are as before afterwards.
+    """
+    every = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    before = [(layer, layer.training, layer.track_running_stats) for layer in every]
+    try:
+        for layer in every:
+            # In this mode running statistics are neither used nor changed.
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for layer, training, track in before:
+            layer.training, layer.track_running_stats = training, track

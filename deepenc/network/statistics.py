@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from deepenc.network.batchnorm import batch_statistics
 from deepenc.network.sites import Role, Site, Slot
 
 CHUNK = 64
@@ -99,7 +100,7 @@ def norm_moments(network: nn.Module, inputs: Tensor, *, live: bool = False) -> d
         seen.setdefault(path, []).append((Moments.of(given[0]), size))
 
     handles = [layer.register_forward_pre_hook(partial(see, path)) for path, layer in layers.items()]
-    with removed(handles), torch.no_grad(), _by_the_batch(layers if live else {}):
+    with removed(handles), torch.no_grad(), batch_statistics(network) if live else nullcontext():
         for chunk in torch.tensor_split(inputs, math.ceil(len(inputs) / CHUNK)):
             network(chunk)
     return {path: pooled(parts) for path, parts in seen.items()}
@@ -113,19 +114,6 @@ def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _by_the_batch(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
-    before = [(layer, layer.training, layer.track_running_stats) for layer in layers.values()]
-    try:
-        for layer in layers.values():
-            # In this mode running statistics are neither used nor changed.
-            layer.training, layer.track_running_stats = True, False
-        yield
-    finally:
-        for layer, training, track in before:
-            layer.training, layer.track_running_stats = training, track
 
 
 def observe(

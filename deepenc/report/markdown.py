@@ -15,7 +15,8 @@ Cell = Callable[[CellSummary], str]
 LEGEND = (
     "Accuracies in % of the judge's images, mean over keys; in brackets the 95 % interval (bootstrap over "
     "keys; Wilson over images where all keys agree), in parentheses the owner's worst key. Detection: area "
-    "under the ROC curve, share of sites found exactly, bits of the key left to try. — was not measured."
+    "under the ROC curve, share of sites found exactly (share of keys with all sites found, and what the "
+    "paper's p^L makes it), bits of the key left to try. — was not measured."
 )
 
 
@@ -150,6 +151,9 @@ def _detection(summary: CellSummary) -> str:
     found = summary.detection
     if found is None:
         return "—"
+    layers = found.layers
+    together = f" (all: {layers.joint:.0%}, by p^L {layers.product:.0%})" if found.exact.mean else ""
     return (
-        f"{found.auc.mean:.2f}, {found.exact.mean:.0%}, {found.bits_left.mean:.0f} of {found.bits:.0f} bits"
+        f"{found.auc.mean:.2f}, {found.exact.mean:.0%}{together}, "
+        f"{found.bits_left.mean:.0f} of {found.bits:.0f} bits"
     )

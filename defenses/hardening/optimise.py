@@ -13,11 +13,12 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
 from deepenc.encryption.calibration import Path, calibrate
-from deepenc.encryption.confusion import Confusion, batch_statistics, limits
+from deepenc.encryption.confusion import Confusion, limits
 from deepenc.encryption.damage import Objective, damage, outputs
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.inputs import batches, draw
 from deepenc.encryption.stealth import penalty
+from deepenc.network.batchnorm import batch_statistics
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 

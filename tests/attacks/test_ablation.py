@@ -9,10 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.special import logsumexp
-from scipy.stats import entropy as scipy_entropy
 from torch import nn
 
-from attacks.ablation import Ablation, inconsistency, information, ranked, silence
+from attacks.ablation import Ablation, ranked, silence
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
@@ -20,7 +19,6 @@ from deepenc.arena.planted import Alike, PlantedPlacement, random_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.statistics import norm_moments
 
 BOTH = {"conv1": 1.0, "conv2": 1.0}
 
@@ -71,26 +69,6 @@ def test_greedy_ranks_by_the_order_of_removal(plant):
     first = 2 + 15 + 14
     second = 1 + 13
     assert planted.case.meter.samples == 32 * (first + second)
-
-
-def test_information_against_scipy():
-    logits = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    chances = logits.softmax(1).numpy()
-    expected = scipy_entropy(chances.mean(0)) - np.mean([scipy_entropy(row) for row in chances])
-    assert information(logits) == pytest.approx(expected)
-    assert information(torch.tensor([[100.0, 0, 0]] * 4)) == pytest.approx(0, abs=1e-9)  # sure, and no good
-
-
-def test_inconsistency_is_nothing_where_statistics_are_right(plant):
-    case = plant(unlabelled=32).case
-    network = case.copy()
-    before = inconsistency(network, case.unlabelled)
-    moments = norm_moments(network, case.unlabelled)["bn1"]
-    network.bn1.running_mean.copy_(moments.mean)
-    network.bn1.running_var.copy_(moments.variance)
-    assert before > 0.01 > inconsistency(network, case.unlabelled)
-    network.bn1 = nn.Identity()
-    assert inconsistency(network, case.unlabelled) == 0
 
 
 @pytest.mark.parametrize("objective", ["entropy", "statistics"])

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepenc.encryption.confusion import Confusion, batch_statistics, forged_mask, limits
+from deepenc.encryption.confusion import Confusion, forged_mask, limits
 from deepenc.encryption.stealth import penalty, statistics
+from deepenc.network.batchnorm import batch_statistics
 from deepenc.network.channels import slot_rows
 from deepenc.network.gates import Gated
 from deepenc.network.sites import Role, Site

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from deepenc.arena.contract_defenses import hardening_checks
 from deepenc.arena.hosts import Noise, TwoEach
 from deepenc.arena.tiny import tiny_subject
-from deepenc.encryption.confusion import batch_statistics, limits
+from deepenc.encryption.confusion import limits
 from deepenc.encryption.defense import Defense, Original
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.key import Key
 from deepenc.encryption.stealth import penalty
 from deepenc.errors import ConfigError
-from deepenc.network.batchnorm import reestimate
+from deepenc.network.batchnorm import batch_statistics, reestimate
 from deepenc.network.channels import slot_rows
 from deepenc.network.structure import named_tensors
 from defenses.hardening.optimise import Optimise

@@ -171,7 +171,7 @@ def test_markdown_has_attacks_down_and_defenses_across() -> None:
     cells = {row[0]: row for row in rows}
     assert cells["guess"][column].startswith("70.0 [60.0, 80.0] (80.0)")
     assert cells["null"][column].startswith("20.0 [13.")  # Wilson: both keys agree
-    assert any("0.75, 25%, 12 of 55 bits" in line for line in lines)
+    assert any("0.75, 25% (all: 0%, by p^L 0%), 12 of 55 bits" in line for line in lines)
 
 
 def test_markdown_names_the_state_of_what_was_not_measured() -> None:

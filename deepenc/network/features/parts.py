@@ -16,6 +16,8 @@ from deepenc.network.sites import Role, Site, Slot
 
 ENTRIES = 2**23
 """Entries of a slot that are looked at; of a larger one as many partners, evenly spaced (not for norms)."""
+CHUNK = 2**20
+"""Entries whose norms are taken at once."""
 KERNEL = 31
 """Largest kernel in use; a dimension beyond it is no kernel's."""
 NEGLIGIBLE = 0.05
@@ -87,8 +89,9 @@ class Part:
         slot = self._slot
         entries = self._tensor.narrow(slot.dim, slot.start, self.width * slot.block).movedim(slot.dim, 0)
         others = tuple(range(1, entries.ndim))
-        norms = entries.double().abs() if not others else _norm(entries, others)
-        return norms.square().reshape(self.width, -1).sum(dim=1).nan_to_num(0, 0, 0).cpu()
+        few = max(1, CHUNK // max(1, entries[0].numel()))  # at once: in double precision they are a copy
+        norms = [_norm(some, others) if others else some.double().abs() for some in torch.split(entries, few)]
+        return torch.cat(norms).square().reshape(self.width, -1).sum(dim=1).nan_to_num(0, 0, 0).cpu()
 
     @cached_property
     def energies(self) -> Tensor:
