@@ -112,3 +112,20 @@ def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_tables_of_plugins_are_those_of_the_registry(page: str, what: str, tmp_path: Path) -> None:
     table = deepenc("list", what, "--markdown", cwd=tmp_path)
     assert table.strip() in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_combinations_of_the_attacks_page_can_be_meant() -> None:
+    from deepenc.arena.plan import Entry
+
+    (block,) = blocks("docs/attacks.md", "yaml")
+    entries = [Entry.model_validate(spec) for spec in yaml.safe_load(block)["attacks"]]
+    assert {entry.attack.name for entry in entries} == {"chain", "ensemble", "partial-key"}
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_can_be_planned(config: Path) -> None:
+    from deepenc.arena.plan import plan
+    from deepenc.config import load
+
+    cells = plan(load(config))
+    assert cells and any(cell.defense.protects for cell in cells)

@@ -1,0 +1,84 @@
+"""Every attack under poor conditions: one class only, no budget, images that tell nothing, ΔC withheld."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.duel import fight, isolated, measure
+from deepenc.arena.hosts import host_defense
+from deepenc.arena.threat import Threat
+from deepenc.arena.tiny import tiny_subject
+from deepenc.errors import OutOfBudget
+from deepenc.plugins import build, names
+from deepenc.victims.victim import Images
+
+QUICK = {
+    "finetune": {"epochs": 1},
+    "scratch": {"steps": 2},
+    "chain": {"stages": ["norms", {"name": "finetune", "epochs": 1}]},
+    "tuned": {"of": {"name": "finetune", "epochs": 1}, "trials": 2},
+    "replace-block": {"steps": 2, "warm": 1},
+    "gates": {"steps": 3},
+    "oracle-gates": {"steps": 3},
+    "distill": {"steps": 2},
+    "ablation": {"images": 4},
+    "shadow": {"encryptions": 1, "trees": 5},
+    "container": {"seeds": 2},
+}
+ATTACKS = [build("attack", {"name": name} | QUICK.get(name, {})) for name in names("attack")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encryption():
+    return Encryption.of(tiny_subject(600), host_defense(), bytes(range(32)))
+
+
+def case_for(attack, encryption, **more):
+    needs = attack.needs.model_dump()
+    images = {what: max(32, needs[what]) for what in ("labelled", "unlabelled")}
+    threat = Threat(name="poor", **needs | images | {"trials": 50, "oracle": 400} | more)
+    return build_case(encryption, threat, 1, 2, CPU)
+
+
+def judged(attack, case, encryption):
+    """What the arena makes of it: no NaN in scores, a network that can be judged."""
+    with isolated(7):
+        return measure(fight(attack, case, attack.name), case, encryption, attack.name, 32)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_one_class_alone(attack, encryption):
+    case = case_for(attack, encryption)
+    labels = torch.zeros_like(case.labelled.labels)
+    case = dataclasses.replace(case, labelled=Images(case.labelled.inputs, labels))
+    assert judged(attack, case, encryption)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_images_that_are_all_zero(attack, encryption):
+    case = case_for(attack, encryption)
+    labelled = Images(torch.zeros_like(case.labelled.inputs), case.labelled.labels)
+    case = dataclasses.replace(case, labelled=labelled, unlabelled=torch.zeros_like(case.unlabelled))
+    measured = judged(attack, case, encryption)
+    assert "detection" in measured or measured["accuracy"].unreadable == 0
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_no_steps_still_end_in_a_claim(attack, encryption):
+    case = case_for(attack, encryption, steps=0)
+    assert judged(attack, case, encryption) and case.meter.steps == 0
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_no_samples_end_in_an_answer_or_out_of_budget(attack, encryption):
+    case = case_for(attack, encryption, samples=0)
+    try:
+        judged(attack, case, encryption)
+    except OutOfBudget as error:
+        assert "allows 0 samples" in str(error)
+    assert case.meter.samples == 0
