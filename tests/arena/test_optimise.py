@@ -43,7 +43,7 @@ def test_a_loss_that_is_not_finite_gives_the_last_finite_point(bad):
     seen = []
 
     def loss():
-        seen.append(float(x))
+        seen.append(float(x.detach()))
         return (x - 1).square().sum() * (bad if len(seen) == 3 else 1.0)
 
     assert descend(case, [x], loss, steps=9, lr=0.1) == 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from attacks.collisions import Collisions, Values
-from attacks.norms import NORMAL, Norms, outlierness
+from attacks.norms import Norms
 from deepenc.arena.metrics import checked_scores
 from deepenc.network.sites import Role
 
@@ -52,17 +53,16 @@ def test_norms_is_at_chance_where_all_weights_are_alike(plant, random_network):
         assert 0.35 < auc < 0.65
 
 
-def test_outlierness_by_hand():
-    # Norms 1, e, e^2, e^9: the logs' median (the lower one) is 1, distances 1 0 1 8, their median 1.
-    rows = torch.tensor([[0.0], [1.0], [2.0], [9.0]]).exp()
-    assert outlierness(rows).tolist() == pytest.approx([1 / NORMAL, 0, 1 / NORMAL, 8 / NORMAL], rel=1e-6)
-
-
-def test_outlierness_where_most_norms_are_equal():
-    assert outlierness(torch.ones(5, 2)).tolist() == [0.0] * 5
-    scores = outlierness(torch.tensor([[1.0], [1.0], [1.0], [2.0], [0.0]]))
-    assert torch.isfinite(scores).all()
-    assert scores[:3].tolist() == [0, 0, 0] and scores[4] > scores[3] > 0
+def test_norms_are_robust_z_scores_of_log_norms(plant):
+    case = plant(tenfold).case
+    rows = case.encrypted.conv1.weight.detach().double().flatten(1).numpy()
+    columns = case.encrypted.conv2.weight.detach().double().transpose(0, 1).flatten(1).numpy()
+    expected = []
+    for side in (rows, columns):
+        logs = np.log(np.linalg.norm(side, axis=1))
+        away = np.abs(logs - np.median(logs))
+        expected.append(away / (1.4826 * np.median(away)))
+    assert Norms().attack(case).scores["conv1"].tolist() == pytest.approx(np.max(expected, axis=0), rel=1e-3)
 
 
 def test_collisions_finds_sampled_weights_exactly(plant):
