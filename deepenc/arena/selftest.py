@@ -1,7 +1,7 @@
 """What an attack must show before its failures count for a defense.
 
-An attack that fails on a planted weakness that it promises to see, or sees something where there is nothing
-to see, says nothing about a defense: its cells are marked unreliable.
+An attack that fails on a planted weakness that it promises to see, does worse there the more it may spend, or
+sees something where there is nothing to see, says nothing about a defense: its cells are marked unreliable.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ SEEN = 0.99
 """AUC that a detector must reach on its planted weakness."""
 REPAIRED = 0.5
 """Share of the lost accuracy that a repair must bring back."""
+FALL = 0.1
+"""How far accuracy may fall with more steps: the judge has 256 images, three deviations at 1/2."""
 ALIKE = 24
 """Confusion channels a site, where nothing can be known."""
 DEVIATIONS = 4.0
@@ -66,17 +68,31 @@ def _threat(attack: Attack, **more: Any) -> Threat:
 def _planted(attack: Attack, tell: Weakness) -> str | None:
     threat = _threat(attack)
     encryption = _encryption(tell, threat.labelled + threat.unlabelled)
-    got = _fought(attack, encryption, threat)
+    got, steps = _fought(attack, encryption, threat)
     found, accuracy = got.get("detection"), got.get("accuracy")
-    if found is not None and found.auc >= SEEN:
-        return None
-    if accuracy is not None and not got.get("removed"):
-        before = _rate(encryption)
-        if accuracy.rate - before >= REPAIRED * (1 - before):
-            return None
+    before = _rate(encryption)
+    repaired = (
+        accuracy is not None and not got.get("removed") and accuracy.rate - before >= REPAIRED * (1 - before)
+    )
+    if repaired or (found is not None and found.auc >= SEEN):
+        return _falling(attack, encryption, threat, got, steps)
     seen = f"AUC {found.auc:.2f}" if found is not None else ""
     left = f"accuracy {accuracy.rate:.2f}" if accuracy is not None else ""
     return f"on the planted weakness {tell!r} it got no further than {seen or left}"
+
+
+def _falling(
+    attack: Attack, encryption: Encryption, threat: Threat, got: dict[str, Any], steps: int
+) -> str | None:
+    """Whether an attack that takes steps does better with a few of them than with all."""
+    if not steps or "accuracy" not in got:
+        return None
+    few = max(1, steps // 8)
+    less, _ = _fought(attack, encryption, threat.model_copy(update={"steps": few}))
+    fall = less["accuracy"].rate - got["accuracy"].rate
+    if fall <= FALL:
+        return None
+    return f"with {steps} steps it does worse than with {few}: accuracy falls by {fall:.2f}"
 
 
 def _rate(encryption: Encryption) -> float:
@@ -95,17 +111,18 @@ def _blind(attack: Attack) -> str | None:
         return None  # these tell of the key, and are meant to
     threat = _threat(attack)
     encryption = _random_encryption(threat.labelled + threat.unlabelled)
-    found = _fought(attack, encryption, threat).get("detection")
+    found = _fought(attack, encryption, threat)[0].get("detection")
     if found is None or abs(found.auc - 0.5) <= DEVIATIONS * _deviation(encryption):
         return None
     return f"where nothing can be known, it claims to know it: AUC {found.auc:.2f}"
 
 
-def _fought(attack: Attack, encryption: Encryption, threat: Threat) -> dict[str, Any]:
+def _fought(attack: Attack, encryption: Encryption, threat: Threat) -> tuple[dict[str, Any], int]:
+    """What was measured, and the steps that the attack took."""
     with isolated(SEED):
         case = build_case(encryption, threat, SEED, SEED + 1, CPU)
         claim = fight(attack, case, attack.name)
-        return measure(claim, case, encryption, attack.name, None)
+        return measure(claim, case, encryption, attack.name, None), case.meter.steps
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 
 from attacks.norms import Norms
 from deepenc.arena.case import Attack, Claim, Weakness
+from deepenc.arena.optimise import descend
 from deepenc.arena.planted import planted_defense, planted_subject, random_subject
 from deepenc.arena.selftest import _encryption, _random_encryption, selftest
 from deepenc.network.surgery import narrow_sites
@@ -61,6 +62,22 @@ def test_a_blind_attack_is_found_out():
 
 def test_a_clairvoyant_attack_is_found_out():
     assert selftest(Clairvoyant()) == "where nothing can be known, it claims to know it: AUC 1.00"
+
+
+class Tiring(Norms):
+    """Sees what is loud, and ruins the network the more it trains."""
+
+    name: ClassVar[str] = "tiring"
+
+    def attack(self, case):
+        scores = super().attack(case).scores
+        network = case.copy()
+        descend(case, [network.fc.bias], lambda: -network.fc.bias[0], steps=80, lr=0.1)
+        return Claim(scores=scores, network=network)
+
+
+def test_an_attack_that_gets_worse_with_its_budget_is_found_out():
+    assert "with 80 steps it does worse than with 10: accuracy falls by" in selftest(Tiring())
 
 
 def test_an_attack_that_raises_is_not_relied_on():
