@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from attacks.batchnorm_defaults import BatchNormDefaults
 from attacks.norms import Norms
 from deepenc.arena.case import Attack, Claim, Weakness
 from deepenc.arena.optimise import descend
@@ -64,8 +65,8 @@ def test_a_clairvoyant_attack_is_found_out():
     assert selftest(Clairvoyant()) == "where nothing can be known, it claims to know it: AUC 1.00"
 
 
-class Tiring(Norms):
-    """Sees what is loud, and ruins the network the more it trains."""
+class Tiring(BatchNormDefaults):
+    """Sees what it should, and ruins the network the more it trains."""
 
     name: ClassVar[str] = "tiring"
 
