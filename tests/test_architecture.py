@@ -21,7 +21,8 @@ CORE = {
     "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
 }
 CORE["deepenc.arena"] = {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}
-CORE["deepenc.report"] = {*CORE["deepenc.arena"], "deepenc.arena"}
+CORE["deepenc.study"] = {*CORE["deepenc.arena"], "deepenc.arena"}
+CORE["deepenc.report"] = {*CORE["deepenc.study"], "deepenc.study"}
 CORE["deepenc.config"] = CORE["deepenc.report"]
 CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
 CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
