@@ -19,6 +19,9 @@ from deepenc.victims.victim import Images
 
 log = logging.getLogger(__name__)
 
+FEW = 10
+"""Classes up to which the five highest say nothing worth counting."""
+
 Scores = dict[str, np.ndarray]
 """Site name -> suspicion per channel, float64, ``(width,)``."""
 
@@ -65,7 +68,7 @@ def judge(
     if unreadable:
         log.warning("%s: %d of %d outputs are NaN; they count as wrong", who, unreadable, len(images))
     return Accuracy(
-        correct=correct, images=len(images), unreadable=unreadable, top5=top5 if classes > 5 else None
+        correct=correct, images=len(images), unreadable=unreadable, top5=top5 if classes > FEW else None
     )
 
 

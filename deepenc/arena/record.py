@@ -21,8 +21,8 @@ class Accuracy(_Part):
         correct: Images classified right.
         images: Images judged.
         unreadable: Images for which the network gave NaN; they count as wrong.
-        top5: Images whose class is among the five highest outputs; None where there are no more than five
-            classes.
+        top5: Images whose class is among the five highest outputs; None where there are no more than ten
+            classes, of which five say little.
     """
 
     correct: int = Field(ge=0)

@@ -100,6 +100,7 @@ class CellSummary:
         removed: Whether the arena removed the most suspect channels itself.
         unreliable: Why the attack failed its self-test; None where it passed.
         diverged: How many duels ran into numbers that are not finite, and went back.
+        top5: Top-5 accuracy in [0, 1]; None where it was not counted.
     """
 
     victim: str
@@ -119,6 +120,7 @@ class CellSummary:
     removed: bool
     unreliable: str | None = None
     diverged: int = 0
+    top5: Estimate | None = None
 
     @property
     def group(self) -> Group:
@@ -230,6 +232,7 @@ def summarise(records: Sequence[Record]) -> list[CellSummary]:
 def _summary(group: Group, records: list[Record], references: References) -> CellSummary:
     victim, defense, threat, attack = group
     first = records[0]
+    done = [record for record in records if record.state == "done"]
     return CellSummary(
         victim=victim,
         defense=defense,
@@ -239,15 +242,16 @@ def _summary(group: Group, records: list[Record], references: References) -> Cel
         protected=first.protected,
         states=dict(Counter(record.state for record in records)),
         reason=next((r.reason for r in records if r.state != "done"), None),
-        accuracy=_accuracy([r for r in records if r.state == "done"]),
+        accuracy=_accuracy(done),
         advantage=_estimate(records, references.advantage),
-        detection=_detection([r for r in records if r.state == "done"]),
+        detection=_detection(done),
         cost=_cost(records),
         memory=_mean(r.memory for r in records),
         key_bits=_mean(r.key_bits for r in records),
         removed=any(r.removed for r in records),
         unreliable=next((r.unreliable for r in records if r.unreliable), None),
         diverged=sum(r.diverged for r in records),
+        top5=_estimate(done, lambda r: r.accuracy.top5_rate if r.accuracy else None),
     )
 
 

@@ -126,7 +126,8 @@ def _accuracy(summary: CellSummary) -> str:
     if summary.accuracy is None:
         return ", ".join(f"{count} {state}" for state, count in summary.states.items())
     mark = "*" if summary.unreliable else ""
-    return _estimate(summary.accuracy, 100, 1) + mark
+    fifth = "" if summary.top5 is None else f"; top-5 {100 * summary.top5.mean:.1f}"
+    return _estimate(summary.accuracy, 100, 1) + mark + fifth
 
 
 def _estimate(estimate: Estimate, factor: int, digits: int) -> str:

@@ -60,25 +60,26 @@ def test_infinite_outputs_still_name_a_class():
 
 
 def test_top5_by_hand():
-    """The class's place among seven: 1st, 5th, 6th, 1st of ties, last of seven ties, a NaN."""
-    outputs = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]] * 3 + [[0.0] * 7] * 2 + [[float("nan")] + [0.0] * 6])
-    found = judge(Fixed(outputs), images([0, 4, 5, 0, 6, 1]), 7, who="x", batch=4)
+    """The class's place among eleven: 1st, 5th, 6th, 1st of ties, last of all ties, a NaN."""
+    falling = [float(value) for value in range(11, 0, -1)]
+    outputs = torch.tensor([falling] * 3 + [[0.0] * 11] * 2 + [[float("nan")] + [0.0] * 10])
+    found = judge(Fixed(outputs), images([0, 4, 5, 0, 10, 1]), 11, who="x", batch=4)
     assert (found.correct, found.top5, found.unreadable) == (2, 3, 1)
     assert found.top5_rate == 0.5
 
 
-@pytest.mark.parametrize(("classes", "counted"), [(5, False), (6, True)])
-def test_five_of_five_classes_say_nothing(classes, counted):
+@pytest.mark.parametrize(("classes", "counted"), [(5, False), (10, False), (11, True)])
+def test_five_of_few_classes_say_nothing(classes, counted):
     found = judge(Fixed(torch.eye(classes)), images(list(range(classes))), classes, who="x")
     assert found.top5 == (classes if counted else None)
     assert found.top5_rate == (1 if counted else None)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=8, max_size=8), min_size=1, max_size=5), st.data())
+@given(st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=5), st.data())
 def test_top5_against_a_plain_version(rows, data):
-    labels = [data.draw(st.integers(0, 7)) for _ in rows]
-    found = judge(Fixed(torch.tensor(rows, dtype=torch.float)), images(labels), 8, who="x", batch=2)
+    labels = [data.draw(st.integers(0, 11)) for _ in rows]
+    found = judge(Fixed(torch.tensor(rows, dtype=torch.float)), images(labels), 12, who="x", batch=2)
     places = [
         sum(v > row[label] or (v == row[label] and c < label) for c, v in enumerate(row))
         for row, label in zip(rows, labels, strict=True)

@@ -194,6 +194,12 @@ def test_the_strongest_attack_is_named_with_its_advantage_and_cost() -> None:
     assert "guess (2) | 70.0 [60.0, 80.0] (80.0) | 0.50 [0.25, 0.75] (0.75) | 12800 samples, 1.2 s |" in row
 
 
+def test_top5_stands_beside_top1() -> None:
+    accuracy = {"correct": 20, "images": 100, "top5": 50}
+    counted = [record("guess", key, None, accuracy=accuracy) for key in (0, 1)]
+    assert "| 20.0 [13.3, 28.9]; top-5 50.0 |" in markdown(counted)
+
+
 def test_markdown_to_nowhere(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="choose another file"):
         write_markdown(RECORDS, tmp_path / "none" / "x.md")
