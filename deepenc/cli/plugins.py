@@ -72,7 +72,7 @@ def _line(kind: str, name: str) -> str:
 
 def check(
     what: Annotated[
-        str, typer.Argument(metavar="FILE|NAME", help="A Python file of yours, or a plugin's name.")
+        str, typer.Argument(metavar="FILE|NAME", help="A Python file of yours, or a plugin: finetune:lr=0.01.")
     ],
 ) -> None:
     """Hold plugins to the contract that every attack, placement and the like must keep.
@@ -103,8 +103,11 @@ def _plugins(what: str) -> list[Any]:
     if what.endswith(".py") or Path(what).is_file():
         return [build(cls.kind, cls.name) for cls in load_file(what)]
     known = {kind: names(kind) for kind in GROUPS if kind != "victim"}
-    kinds = [kind for kind, called in known.items() if what in called]
+    name, _, parameters = what.partition(":")
+    kinds = [kind for kind, called in known.items() if name in called]
     if not kinds:
         everything = {name for called in known.values() for name in called}
-        raise PluginError(f"no file and no plugin is called {what!r}: {near(what, everything)}")
+        raise PluginError(f"no file and no plugin is called {what!r}: {near(name, everything)}")
+    if parameters:
+        kinds = [kind for kind in kinds if kind != "defense"]  # defenses have none
     return [get(kind, what) if kind == "defense" else build(kind, what) for kind in kinds]

@@ -301,3 +301,8 @@ def test_the_installed_command_fails_without_a_traceback(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_check_takes_parameters(run: Run) -> None:
+    assert "All checks passed" in run("check", "typical").stdout
+    assert "All checks passed" in run("check", "alignment:look_for=clone").stdout
