@@ -258,7 +258,8 @@ def _summary(group: Group, records: list[Record], references: References) -> Cel
 def worst(records: Sequence[Record]) -> list[WorstSummary]:
     """The strongest attack per key, then summarised, for every protecting defense and threat.
 
-    Attacks that use nothing of the encrypted network (``reference == "scratch"``) do not count.
+    Attacks that use nothing of the encrypted network (``reference == "scratch"``) do not count, nor do keys
+    that some attack was not let loose on, where others met them all: they would look safer than they are.
     """
     references = References(records)
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
@@ -267,7 +268,7 @@ def worst(records: Sequence[Record]) -> list[WorstSummary]:
             groups[record.victim, record.defense, record.threat].append(record)
     summaries = []
     for (victim, defense, threat), members in groups.items():
-        strongest = _strongest(members)
+        strongest = _strongest(_complete(members))
         accuracy = _accuracy(strongest)
         if accuracy is not None:
             summaries.append(
@@ -282,6 +283,15 @@ def worst(records: Sequence[Record]) -> list[WorstSummary]:
                 )
             )
     return summaries
+
+
+def _complete(records: Sequence[Record]) -> list[Record]:
+    """The records of the keys that met as many attacks as any did."""
+    met: dict[int, set[str]] = defaultdict(set)
+    for record in records:
+        met[record.key].add(record.attack)
+    most = max(len(attacks) for attacks in met.values())
+    return [record for record in records if len(met[record.key]) == most]
 
 
 def _strongest(records: Iterable[Record]) -> list[Record]:

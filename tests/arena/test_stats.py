@@ -162,3 +162,11 @@ def test_detection_and_cost_means():
     assert (found.detection.bits_left.least, found.detection.bits) == (2, 10)
     assert (found.cost.samples, found.cost.steps) == (0.5, 2)
     assert found.accuracy is None
+
+
+def test_keys_that_a_dear_attack_did_not_meet_do_not_count_as_safer():
+    cheap = [record("d", "cheap", 30, k) for k in range(4)]
+    dear = [record("d", "dear", correct, k) for k, correct in enumerate((80, 70))]
+    (found,) = worst([*references(4, (20,) * 4), *cheap, *dear])
+    assert found.accuracy.keys == 2 and found.accuracy.mean == 0.75
+    assert found.attacks == {"dear": 2}
