@@ -139,13 +139,13 @@ def test_worst_attack_is_taken_per_key():
         *references(2, (10, 10)),
         *(record("d", "a", c, k) for k, c in enumerate((80, 20))),
         *(record("d", "b", c, k) for k, c in enumerate((30, 70))),
-        record("d", "c", None, 0, state="failed", reason="x"),
+        *(record("d", "c", None, k, state="failed", reason="x") for k in (0, 1)),
         record("d", "own", 99, 0, reference="scratch"),
     ]
     (found,) = worst(records)
     assert found.accuracy.mean == 0.75
     assert dict(found.attacks) == {"a": 1, "b": 1}
-    assert found.missing == 1
+    assert found.missing == 2
     assert found.advantage.mean == pytest.approx((70 / 80 + 60 / 80) / 2)
 
 
