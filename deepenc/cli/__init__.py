@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deepenc.cli import inspection, networks, paper, plugins, rotation, runs
+from deepenc.cli import inspection, networks, paper, plugins, rotation, runs, tuning
 from deepenc.cli.console import complain
 from deepenc.errors import DeepencError
 
@@ -56,6 +56,7 @@ for _command in (
     inspection.inspect,
     runs.run,
     runs.report,
+    tuning.tune,
     plugins.list_plugins,
     plugins.check,
 ):

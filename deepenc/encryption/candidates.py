@@ -1,0 +1,305 @@
+"""Equation 1 for many candidate allocations of one network, quickly.
+
+Each site is filled once with the most channels that a candidate may have; a candidate has the first ΔC of
+them. It runs only those operators whose inputs differ from those of the allocation that was settled on, or
+of the one evaluated before it (see `deepenc.encryption.replay`); a network whose operators depend on widths
+or data in another way is run whole. Nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepenc.encryption.budget import Ledger
+from deepenc.encryption.defense import Allocation, Original, Weights
+from deepenc.encryption.encrypt import _fill
+from deepenc.encryption.inputs import draw
+from deepenc.encryption.objective import Response
+from deepenc.encryption.replay import Program, State, UnfitError
+from deepenc.encryption.tensors import tensors_of
+from deepenc.errors import ConfigError
+from deepenc.network.structure import named_tensors
+from deepenc.network.surgery import Layout, fit, narrow, widened
+
+Measure = Literal["logits", "probabilities"]
+"""What Equation 1 compares: the network's outputs, or their softmax."""
+
+
+class Candidates:
+    """Responses of the allocations of one network, all of whose confusion channels are drawn.
+
+    Args:
+        original: The victim.
+        tensors: Its widened tensors, filled, by name.
+        layout: What widened them: behind the real channels of each site as many as a candidate may have.
+        images: To measure on, ``(images, ...)``, on the network's device; an incomplete last batch is left
+            out where there is another.
+        measure: What to compare.
+        batch_size: Images per forward pass.
+        cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
+
+    Attributes:
+        most: The largest count that a candidate may have, for each site.
+        batches: The images.
+
+    Raises:
+        ConfigError: The network is in training mode, or its outputs are not ``(images, outputs)``.
+    """
+
+    def __init__(
+        self,
+        original: Original,
+        tensors: Mapping[str, Tensor],
+        layout: Layout,
+        images: Tensor,
+        measure: Measure = "logits",
+        batch_size: int = 64,
+        cache: int = 2**30,
+    ) -> None:
+        self.most: Allocation = {name: len(places) for name, places in layout.positions.items()}
+        self._model, self._wide, self._layout, self._measure = original.model, tensors, layout, measure
+        own = named_tensors(original.model)
+        changed = {id(own[name]) for name in tensors}
+        self._rest = {name: tensor for name, tensor in own.items() if id(tensor) not in changed}
+        self._slots = defaultdict(list)
+        for site in layout.sites:
+            for slot in site.slots:
+                self._slots[slot.tensor].append((site, layout.widened_slot(slot)))
+        whole = max(1, len(images) // batch_size) * batch_size
+        self.batches = torch.split(images[:whole], batch_size)  # all of one size
+        with torch.no_grad():
+            self._clean = [self._measured(self._model, batch) for batch in self.batches]
+        self._norm = sum(clean.square().sum().item() for clean in self._clean)
+        self._parts: dict[Hashable, Tensor] = {}
+        self._base_parts: dict[Hashable, Tensor] = {}
+        self._last: tuple[Allocation, Response] | None = None
+        self._base_state: State | None = None
+        self._last_state: State | None = None
+        self._program = self._prepared(cache)
+
+    @classmethod
+    def of(
+        cls,
+        original: Original,
+        weights: Weights,
+        rng: np.random.Generator,
+        most: Mapping[str, int],
+        *,
+        images: int = 64,
+        measure: Measure = "logits",
+        batch_size: int = 64,
+        cache: int = 2**30,
+    ) -> Self:
+        """Fill confusion channels, and choose images.
+
+        Args:
+            original: The victim and the defender's data.
+            weights: Fills the channels.
+            rng: The only source of randomness.
+            most: The largest count that any candidate has, for each site.
+            images: Of the defender's, at most.
+            measure: What to compare.
+            batch_size: Images per forward pass.
+            cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
+
+        Raises:
+            ConfigError: Fewer than two images, or counts that cannot be meant.
+        """
+        known = {site.name: site for site in original.sites}
+        if not any(most.values()) or min(most.values()) < 0 or set(most) - set(known):
+            raise ConfigError(
+                f"expected counts >= 0 for sites of the network, some of them above 0, got {most}"
+            )
+        inputs = draw("a search over allocations", original.model, original, rng, images)
+        places = {name: tuple(range(known[name].width, known[name].width + n)) for name, n in most.items()}
+        layout = Layout(original.sites, places)
+        victim = tensors_of(original.model, original.sites)
+        tensors = widened(victim, layout)
+        for site in layout.sites:
+            own = np.random.default_rng(rng.integers(2**63))
+            if layout.positions[site.name]:
+                _fill(site, layout, victim, tensors, weights, own)
+        return cls(original, tensors, layout, inputs, measure, batch_size, cache)
+
+    @property
+    def fast(self) -> bool:
+        """Whether candidates run only the operators that differ; else each runs the whole network."""
+        return self._program is not None
+
+    def network(self, allocation: Mapping[str, int]) -> nn.Module:
+        """The encrypted network with the first confusion channels of each site; its tensors are shared.
+
+        Raises:
+            ConfigError: More channels than were filled, or fewer than none.
+        """
+        self._check(allocation)
+        known = {site.name: site.width for site in self._layout.sites}
+        places = {name: tuple(range(known[name], known[name] + n)) for name, n in allocation.items()}
+        return fit(self._model, self._tensors(allocation), Layout(self._layout.sites, places))
+
+    def _check(self, allocation: Mapping[str, int]) -> None:
+        for name, count in allocation.items():
+            if not 0 <= count <= self.most.get(name, 0):
+                raise ConfigError(
+                    f"expected 0 to {self.most.get(name, 0)} channels at site {name!r}, got {count}; ask "
+                    "for more at first (`most`)"
+                )
+
+    def _tensors(self, allocation: Mapping[str, int]) -> dict[str, Tensor]:
+        """The tensors of the encrypted network; those of the last allocations are not made anew."""
+        tensors, used = dict(self._rest), {}
+        for name, wide in self._wide.items():
+            counts = tuple(allocation.get(site.name, 0) for site, _ in self._slots[name])
+            if (name, counts) not in self._parts:
+                self._parts[name, counts] = self._narrowed(name, wide, counts)
+            used[name, counts] = tensors[name] = self._parts[name, counts]
+        self._parts = self._base_parts | used
+        return tensors
+
+    def _narrowed(self, name: str, wide: Tensor, counts: Sequence[int]) -> Tensor:
+        kept: dict[int, Tensor] = {}
+        for (site, slot), count in zip(self._slots[name], counts, strict=True):
+            stays = kept.setdefault(slot.dim, torch.ones(wide.shape[slot.dim], dtype=torch.bool))
+            first = slot.start + (site.width + count) * slot.block
+            stays[first : first + (self.most[site.name] - count) * slot.block] = False
+        return narrow(wide, {dim: stays.nonzero()[:, 0] for dim, stays in kept.items()})
+
+    def response(self, allocation: Mapping[str, int]) -> Response:
+        """What the allocation does to the outputs, as `objective.response_change` measures it."""
+        counts = {name: count for name, count in allocation.items() if count}
+        if self._last is not None and self._last[0] == counts:
+            return self._last[1]
+        self._check(counts)
+        distance = squared = 0.0
+        for changed, clean in zip(self._outputs(counts), self._clean, strict=True):
+            squares = (changed - clean).square().sum(dim=1)
+            distance += squares.sqrt().sum().item()
+            squared += squares.sum().item()
+        n = sum(map(len, self._clean))
+        relative = squared / self._norm if self._norm else float("inf") if squared else 0.0
+        self._last = counts, Response(distance / n, squared / n, relative)
+        return self._last[1]
+
+    def settle(self, allocation: Mapping[str, int]) -> Response:
+        """As `response`; candidates that come after start from this one, until another is settled on."""
+        result = self.response(allocation)
+        self._base_parts = dict(self._parts)
+        self._base_state = self._last_state
+        return result
+
+    def responses(self, allocations: Sequence[Mapping[str, int]]) -> list[Response]:
+        """Responses of many, run in the order in which each has most in common with the one before."""
+        names = [site.name for site in self._layout.sites]
+        vectors = [tuple(allocation.get(name, 0) for name in names) for allocation in allocations]
+        found = {}
+        for index in sorted(range(len(vectors)), key=lambda i: vectors[i]):
+            found[index] = self.response(allocations[index])
+        return [found[index] for index in range(len(vectors))]
+
+    def marginal(self, allocation: Mapping[str, int]) -> dict[str, Response]:
+        """Site name to the response with one more channel there, for each site where one more was filled."""
+        self.settle(allocation)
+        names = [name for name, most in self.most.items() if allocation.get(name, 0) < most]
+        more = [{**allocation, name: allocation.get(name, 0) + 1} for name in names]
+        return dict(zip(names, self.responses(more), strict=True))
+
+    def _prepared(self, cache: int) -> Program | None:
+        """The network's operators, if they give what the network does and their results can be kept."""
+        touches = {name: [site.name for site, _ in slots] for name, slots in self._slots.items()}
+        half = {name: -(-count // 2) for name, count in self.most.items()}
+        try:
+            with torch.no_grad():
+                program = Program(self.network, self.most, self.batches[0], touches)
+                state = program.run(half, self._tensors(half), self.batches[:1], [])
+        except UnfitError:
+            return None
+        size = sum(r.numel() * r.element_size() for r in _tensors_in(state.results))
+        with torch.no_grad():
+            right = self._measured(self.network(half), self.batches[0])
+        same = torch.equal(right, self._final(program.outputs(state)[0]))
+        return program if same and size * len(self.batches) <= cache else None
+
+    def _outputs(self, counts: dict[str, int]) -> list[Tensor]:
+        """What the encrypted network makes of the images, by its operators where that can be done."""
+        with torch.no_grad():
+            if self._program is None:
+                network = self.network(counts)
+                return [self._measured(network, batch) for batch in self.batches]
+            known = [state for state in (self._last_state, self._base_state) if state is not None]
+            state = self._program.run(counts, self._tensors(counts), self.batches, known)
+            self._last_state = state
+            return [self._final(out) for out in self._program.outputs(state)]
+
+    def _measured(self, network: nn.Module, batch: Tensor) -> Tensor:
+        if network.training:
+            raise ConfigError("expected a network in eval mode, got one in training mode; call .eval() first")
+        out = network(batch)
+        if not isinstance(out, Tensor) or out.ndim < 2 or len(out) != len(batch):
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ConfigError(
+                f"expected a network that maps {len(batch)} images to a tensor (images, outputs), got {got}; "
+                "wrap it in one that does"
+            )
+        return self._final(out)
+
+    def _final(self, out: Tensor) -> Tensor:
+        values = out.double().flatten(1)
+        return values.softmax(1) if self._measure == "probabilities" else values
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors_in(part)
+
+
+def climb(
+    candidates: Candidates,
+    ledger: Ledger,
+    allocation: Mapping[str, int],
+    step: int = 1,
+    enough: float | None = None,
+) -> Allocation:
+    """Add channels where Equation 1's response rises most for what they cost, one step at a time.
+
+    Gains are evaluated lazily, as in lazy greedy: a site's old gain is taken for a bound, and only the
+    largest is looked at anew. The response is not submodular, so that this is a heuristic.
+
+    Args:
+        candidates: Measures responses (`Response.l2`).
+        ledger: The budget and the sites.
+        allocation: To begin with.
+        step: Channels added at a time; fewer where no more fit.
+        enough: A relative response (`Response.relative`) at which to stop.
+
+    Returns:
+        An allocation within the budget; without ``enough`` one more channel anywhere would exceed it, or
+        what the candidates have.
+    """
+    counts = dict(allocation)
+    now, turn = candidates.settle(counts), 0
+    heap = [(float("-inf"), -1, order) for order in range(len(ledger.sites))]
+    while heap and (enough is None or now.relative < enough):
+        known, seen, order = heapq.heappop(heap)
+        name = ledger.sites[order].name
+        more = ledger.room(counts, name, min(step, candidates.most.get(name, 0) - counts.get(name, 0)))
+        if more < 1:
+            continue
+        wanted = {**counts, name: counts.get(name, 0) + more}
+        if seen == turn:
+            counts, turn = wanted, turn + 1
+            now = candidates.settle(counts)
+            heapq.heappush(heap, (known, seen, order))
+            continue
+        change = (candidates.response(wanted).l2 - now.l2) / ledger.price(counts, name, more)
+        heapq.heappush(heap, (float("inf") if np.isnan(change) else -change, turn, order))
+    return {name: count for name, count in counts.items() if count}

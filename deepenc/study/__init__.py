@@ -1,0 +1,1 @@
+"""Questions asked of many duels: which configuration of a defense is the best."""

@@ -1,0 +1,79 @@
+"""Placement: as many bits of key as the budget buys."""
+
+from __future__ import annotations
+
+from math import log2
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from deepenc.encryption.allocation import Patterns, select
+from deepenc.encryption.budget import Budget, Ledger, caps, grow
+from deepenc.encryption.candidates import Candidates, Measure, climb
+from deepenc.encryption.defense import Allocation, Original, Placement, Weights
+from deepenc.errors import ConfigError
+from deepenc.network.sites import Site
+from deepenc.plugins import build
+
+
+class Spread(Placement):
+    """As many key bits as the budget buys, if wanted above a least response.
+
+    A site of C channels and d confusion channels gives log2 of C + d choose d bits of key. Each channel
+    goes where it adds most for what it costs, which is exact for such concave gains but for the last
+    channels, and for what neighbouring sites cost each other. With ``floor`` channels are first placed by
+    Equation 1, one at a time, until the response is reached, and the rest of the budget then buys key
+    bits.
+    """
+
+    name: ClassVar[str] = "spread"
+
+    budget: Budget = Budget(share=0.05)
+    """What the channels may cost: ``5%`` of the memory, ``{bytes: 20000}``, ``{parameters: 1000}``."""
+    floor: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Least squared response change relative to the outputs' own squares; above 0 it needs images."""
+    weights: Weights = Field(default_factory=lambda: build("weights", "samp"))
+    """With ``floor``: fills the channels whose effect is measured; best those of the defense."""
+    images: int = Field(64, ge=2)
+    """With ``floor``: the defender's images to measure on, at most."""
+    widest: float = Field(1.0, gt=0, le=16)
+    """With ``floor``: confusion channels per real channel of a site, at most."""
+    measure: Measure = "logits"
+    """With ``floor``: what is compared, the outputs, or their softmax."""
+    sites: Patterns = ("*",)
+    """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
+
+    def place(self, original: Original, rng: np.random.Generator) -> Allocation:
+        """Allocate where a channel adds most key bits for what it costs.
+
+        Raises:
+            ConfigError: The budget is below one channel; or a floor was given and there are no images, or
+                the budget does not reach it.
+        """
+        ledger = Ledger(original, self.budget, select(original.sites, self.sites))
+        if not self.floor:
+            return grow(ledger, {}, _bits_per_price)
+        if original.data is None:
+            raise ConfigError(
+                "placement 'spread' measures Equation 1 for its floor and needs the defender's images, got "
+                "none; give `encrypt` some as `data=`, or leave out the floor"
+            )
+        most = caps(ledger, self.widest)
+        candidates = Candidates.of(
+            original, self.weights, rng, most, images=self.images, measure=self.measure
+        )
+        least = climb(candidates, ledger, {}, enough=self.floor)
+        chosen = grow(ledger, least, _bits_per_price, most)
+        reached = candidates.response(chosen).relative
+        if not reached >= self.floor:
+            raise ConfigError(
+                f"placement 'spread': the budget reaches a relative response of {reached:.3g}, below the "
+                f"floor of {self.floor:.3g}; ask for a lower floor or give a larger budget"
+            )
+        return chosen
+
+
+def _bits_per_price(site: Site, count: int, price: int) -> float:
+    """Key bits that one more channel adds, per unit of its price."""
+    return log2((site.width + count + 1) / (count + 1)) / price

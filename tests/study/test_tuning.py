@@ -1,0 +1,306 @@
+"""Searches from end to end on a tiny network: ended, resumed, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from deepenc.arena.owners import new_owner, retire
+from deepenc.config import load
+from deepenc.errors import ConfigError, StoreError
+from deepenc.plugins import _loaded, load_file
+from deepenc.study import tuning
+from deepenc.study.outcome import importances, write
+from deepenc.study.search import Search
+from deepenc.study.trials import Result
+from deepenc.study.tuning import JOURNAL, Quiet, Tuned, open_study, tune
+
+PLUGIN = '''
+import json, os, signal, time
+from pathlib import Path
+from typing import ClassVar
+import torch
+from deepenc.arena.case import Attack, Claim
+from deepenc.arena.tiny import TinySource
+from deepenc.victims.victim import VictimSource
+
+
+class Tiny(TinySource):
+    """The tiny network, for worker processes."""
+
+    name: ClassVar[str] = "tiny-of-study"
+
+
+class Noting(Attack):
+    """Writes down every duel it fights."""
+
+    name: ClassVar[str] = "noting"
+    log: str
+    kill_once: str = ""
+    fails_above: float = 1.0
+    pause: float = 0.0
+
+    def attack(self, case):
+        proportion = case.defense["placement"]["proportion"]
+        self.note("start", case)
+        if self.kill_once and not os.path.exists(self.kill_once):
+            Path(self.kill_once).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.pause)
+        if proportion > self.fails_above:
+            raise RuntimeError("planted failure")
+        self.note("end", case)
+        return Claim(scores={s.name: torch.rand(s.width, generator=case.generator()) for s in case.sites})
+
+    def note(self, what, case):
+        with open(self.log, "a") as file:
+            file.write(what + " " + json.dumps(case.defense["placement"]["proportion"]) + "\\n")
+'''
+
+SCRIPT = """
+import json, sys
+from deepenc.plugins import load_file
+from deepenc.study.search import Search
+from deepenc.study.tuning import tune
+
+if __name__ == "__main__":
+    folder, plugin, fields = sys.argv[1:]
+    load_file(plugin)
+    tune(Search.model_validate(json.loads(fields)), folder, cache=folder, plugin_files=[plugin])
+"""
+
+SPACE = {"placement.proportion": [0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1], "weights": ["samp"]}
+
+
+@pytest.fixture
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.getbasetemp() / "noting.py"
+    if not path.exists():
+        path.write_text(PLUGIN)
+    load_file(path)
+    yield path
+    _loaded.pop(("victim", "tiny-of-study"), None)
+    _loaded.pop(("attack", "noting"), None)
+
+
+def fields(folder: Path, noting: dict[str, object] | None = None, **more: object) -> dict[str, object]:
+    attack = {"name": "noting", "log": str(folder / "log")} | (noting or {})
+    return {
+        "name": "s",
+        "victim": "tiny-of-study",
+        "space": SPACE,
+        "attacks": [attack],
+        "objectives": ["damage-per-memory"],
+        "trials": 4,
+        "keys": 1,
+        "fresh_keys": 1,
+        "against": [],
+        "pruning": False,
+        "seed": 1,
+    } | more
+
+
+def run(folder: Path, workers: int = 1, **more: object) -> Tuned:
+    search = Search.model_validate(fields(folder, **more))
+    return tune(search, folder, cache=folder, workers=workers, plugin_files=[folder.parent / "noting.py"])
+
+
+def fought(folder: Path, what: str = "start") -> Counter[str]:
+    """Duels of the search by proportion; those on fresh keys are told apart by coming after it."""
+    path = folder / "log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return Counter(line.split()[1] for line in lines if line.startswith(what))
+
+
+def proportions(tuned: Tuned) -> list[float]:
+    return [trial.params["placement.proportion"] for trial in tuned.study.get_trials(deepcopy=False)]
+
+
+def states(tuned: Tuned) -> list[str]:
+    return [trial.state.name for trial in tuned.study.get_trials(deepcopy=False)]
+
+
+def test_a_search_ends_goes_on_and_tries_nothing_twice(plugin: Path, tmp_path: Path) -> None:
+    first = run(tmp_path)
+    assert states(first) == ["COMPLETE"] * 4 and first.fought == 4
+    assert proportions(first)[0] == 0.05, "the base comes first"
+    (best,) = first.finalists
+    values = [trial.values[0] for trial in first.study.get_trials()]
+    assert best.trial == values.index(max(values))
+    assert best.searched[0] is not None and best.searched[0].mean == pytest.approx(max(values))
+    assert best.fresh[0] is not None and best.fresh[0].keys == 1 and best.fresh[0].interval is None
+
+    tried = proportions(first)
+    again = run(tmp_path)
+    assert again.fought == 0 and proportions(again) == tried
+
+    more = run(tmp_path, trials=20)  # there are only 8 points
+    assert sorted(proportions(more)) == SPACE["placement.proportion"]
+    assert proportions(more)[:4] == tried and more.fought == 4
+
+    search = Search.model_validate(fields(tmp_path, trials=20))
+    written = write(search, more.study, [best.defense], tmp_path)
+    assert all(path.stat().st_size > 0 for path in written) and len(written) >= 2
+    loaded = load(written[0])
+    assert loaded.defenses == (best.defense,) and loaded.seed is None
+    assert importances(more.study).get("damage-per-memory", {"placement.proportion": 0}).keys() >= {
+        "placement.proportion"
+    }
+
+    with pytest.raises(ConfigError, match="space differ"):
+        run(tmp_path, space={"placement.proportion": [0.03, 0.05]})
+
+
+def test_failed_is_failed_and_too_dear_is_pruned(plugin: Path, tmp_path: Path) -> None:
+    tuned = run(tmp_path, noting={"fails_above": 0.045}, memory=0.15, trials=8)
+    for trial in tuned.study.get_trials(deepcopy=False):
+        proportion = trial.params["placement.proportion"]
+        dear = "more than the 15.00%" in trial.user_attrs["reason"]
+        failed = "planted failure" in trial.user_attrs["reason"]
+        expected = "PRUNED" if dear else "FAIL" if proportion > 0.045 else "COMPLETE"
+        assert trial.state.name == expected and failed == (expected == "FAIL")
+        if trial.state.name == "PRUNED":
+            assert proportion not in map(float, fought(tmp_path))
+    assert set(states(tuned)) == {"COMPLETE", "FAIL", "PRUNED"}
+    with pytest.raises(ConfigError, match="planted failure"):
+        run(tmp_path, noting={"fails_above": 0.0}, name="none")
+
+
+def test_a_front_of_several_objectives(plugin: Path, tmp_path: Path) -> None:
+    objectives = ["damage", "memory", "detectability"]
+    tuned = run(tmp_path, objectives=objectives, trials=5, finalists=2)
+    assert 1 <= len(tuned.finalists) <= 2
+    assert len(set(proportions(tuned))) == 5
+    for one in tuned.finalists:
+        assert all(value is not None for value in (*one.searched, *one.fresh))
+    values = [trial.values for trial in tuned.study.get_trials()]
+    front = [
+        a
+        for a in values
+        if not any(b != a and b[0] >= a[0] and b[1] <= a[1] and b[2] <= a[2] for b in values)
+    ]
+    assert sorted(t.values for t in tuned.study.best_trials) == sorted(front)
+
+
+def test_one_command_at_a_time(plugin: Path, tmp_path: Path) -> None:
+    from deepenc.study.tuning import _locked
+
+    with _locked(tmp_path), pytest.raises(StoreError, match="another command"):
+        run(tmp_path)
+
+
+class Scripted:
+    """In place of a worker process: dies as often as the plan says, by number of the trial."""
+
+    plan: ClassVar[dict[int, int]] = {}
+    given: ClassVar[list[int]] = []
+
+    def __init__(self, brief: object) -> None:
+        self.trial: Any = None
+
+    def send(self, message: object) -> None:
+        self.given.append(self.trial[0].number)
+
+    def receive(self) -> Result | None:
+        number = self.trial[0].number
+        if self.plan.get(number, 0):
+            self.plan[number] -= 1
+            return None
+        return Result("complete", (float(number),))
+
+    def death(self) -> str:
+        return "SIGKILL"
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_dead_worker_s_trial_is_tried_once_more(
+    plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Search.model_validate(fields(tmp_path, trials=5))
+    study = open_study(search, tmp_path)
+    monkeypatch.setattr(tuning, "Worker", Scripted)
+    monkeypatch.setattr(tuning, "ready", lambda workers: [w for w in workers if w.trial is not None])
+    monkeypatch.setattr(Scripted, "plan", {1: 1, 2: 2})
+    monkeypatch.setattr(Scripted, "given", [])
+    fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), cast(Any, None), 2)
+    trials = study.get_trials()
+    assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert fought == 5 and "died 2 times (SIGKILL)" in trials[2].user_attrs["reason"]
+    assert Counter(Scripted.given) == {0: 1, 1: 2, 2: 2, 3: 1, 4: 1}
+    assert len({t.params["placement.proportion"] for t in trials}) == 5
+
+
+def test_a_trial_whose_command_died_goes_on_under_its_number(plugin: Path, tmp_path: Path) -> None:
+    search = Search.model_validate(fields(tmp_path))
+    study = open_study(search, tmp_path)
+    begun = []
+    mine = new_owner()
+    for owner in (f"{socket.gethostname()}|{os.getpid()}|0|dead", mine):
+        trial = study.ask()
+        trial.set_user_attr("owner", owner)
+        begun.append({axis.field: axis.suggest(trial) for axis in search.space})
+        trial.report(1.0, 0)
+    desk = tuning._Desk(search, open_study(search, tmp_path), "host|1|2|x", Quiet())
+    retire(mine)
+    (orphan, values), (other, further) = desk.next() or ((), ()), desk.next() or ((), ())
+    assert (orphan.number, values) == (0, begun[0]), "the one whose owner is dead"
+    assert other.number == 2 and further not in begun
+    desk.prune(orphan, 0, 5.0)  # was reported before
+    desk.close(orphan, Result("complete", (2.0,)))
+    assert [t.state.name for t in desk.study.get_trials()] == ["COMPLETE", "RUNNING", "RUNNING"]
+    assert desk.study.get_trials()[0].intermediate_values == {0: 1.0}
+
+
+def test_a_killed_worker_loses_no_trial_and_doubles_none(plugin: Path, tmp_path: Path) -> None:
+    tuned = run(tmp_path, workers=2, noting={"kill_once": str(tmp_path / "killed")}, trials=3)
+    assert (tmp_path / "killed").exists()
+    assert states(tuned) == ["COMPLETE"] * 3 and tuned.fought == 3
+    assert len(set(proportions(tuned))) == 3
+    assert sum(fought(tmp_path).values()) == 3 + 1 + 1, "one killed and fought again, one on a fresh key"
+    assert sum(fought(tmp_path, "end").values()) == 3 + 1
+
+
+def test_a_killed_command_goes_on_where_it_was(plugin: Path, tmp_path: Path) -> None:
+    slow = fields(tmp_path, {"pause": 0.5})
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path), str(plugin), json.dumps(slow)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while sum(fought(tmp_path).values()) < 2:  # the first trial is over, the second is being fought
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    search = Search.model_validate(slow)
+    before = open_study(search, tmp_path).get_trials()
+    assert [trial.state.name for trial in before] == ["COMPLETE", "RUNNING"]
+    tuned = run(tmp_path, noting={"pause": 0.5})
+    assert states(tuned) == ["COMPLETE"] * 4 and tuned.fought == 3
+    after = tuned.study.get_trials()
+    assert after[0] == before[0] and after[1].params == before[1].params
+    assert len(set(proportions(tuned))) == 4
+    assert (tmp_path / JOURNAL).exists()
+
+
+def test_the_package_does_not_load_optuna() -> None:
+    code = (
+        "import sys, deepenc, deepenc.study.tuning, deepenc.study.workers; print('optuna' in sys.modules, "
+        "'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
