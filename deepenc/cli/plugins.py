@@ -72,7 +72,7 @@ def _line(kind: str, name: str) -> str:
 
 def check(
     what: Annotated[
-        str, typer.Argument(metavar="FILE|NAME", help="A Python file of yours, or a plugin: finetune:lr=0.01.")
+        str, typer.Argument(metavar="FILE|NAME", help="A Python file, or a plugin: finetune:lr=0.01.")
     ],
 ) -> None:
     """Hold plugins to the contract that every attack, placement and the like must keep.
