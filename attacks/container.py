@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.encryption.defense import Defense, Gap, Neurons
-from deepenc.encryption.key import derive_positions, derive_rng, secret_of
+from deepenc.encryption.secret import derive_positions, derive_rng, secret_of
 from deepenc.errors import DeepencError
 from deepenc.network.channels import slot_rows
 from deepenc.network.sites import Role, Site, Slot

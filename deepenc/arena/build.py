@@ -17,7 +17,7 @@ from deepenc.arena.case import Case, Release
 from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
 from deepenc.encryption.defense import Defense
-from deepenc.encryption.encrypt import encrypt
+from deepenc.encryption.encrypt import encrypt, reshelter
 from deepenc.encryption.key import Key
 from deepenc.encryption.objective import memory
 from deepenc.encryption.tensors import tensors_of
@@ -85,14 +85,42 @@ class Encryption:
             sites=subject.sites,
             data=victim.defender.inputs,
         )
-        cost = memory(tensors_of(victim.model, subject.sites), subject.sites, key.configuration)
+        return cls._made(subject, defense, network, key, secret)
+
+    @classmethod
+    def _made(
+        cls, subject: Subject, defense: Defense, network: nn.Module, key: Key, secret: bytes
+    ) -> Encryption:
+        model, sites = subject.victim.model, subject.sites
+        cost = memory(tensors_of(model, sites), sites, key.configuration)
         tensors = {name: tensor.detach() for name, tensor in named_tensors(network).items()}
         return cls(subject, defense, tensors, key, cost.ratio, secret)
+
+    def again(self, subject: Subject, secret: bytes) -> Encryption:
+        """A later release of the model: one that follows this one, or, where the defense has none, a new one.
+
+        Args:
+            subject: The victim as it is now, maybe fine-tuned.
+            secret: Of the new release.
+        """
+        if not any(step.follows for step in self.defense.hardening):
+            return Encryption.of(subject, self.defense, secret)
+        victim = subject.victim
+        network, key = reshelter(
+            victim.model,
+            self.key,
+            self.defense,
+            example=victim.example,
+            previous=fit(self.subject.victim.model, self.tensors, self.key.layout()),
+            secret=secret,
+            data=victim.defender.inputs,
+        )
+        return self._made(subject, self.defense, network, key, secret)
 
 
 @lru_cache(maxsize=2)  # several attacks on one encryption hold the same further releases
 def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption, ...]:
-    """Further releases of the same model, each under a key of its own.
+    """Further releases of the same model, each under a key of its own, or following the one before.
 
     Args:
         encryption: The release that is attacked.
@@ -100,8 +128,8 @@ def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption
         drift: Optimiser steps by which the owner fine-tuned the model before each, on the defender's images
             (SGD, learning rate 0.01); each release goes on from the one before.
     """
-    made = []
-    victim = encryption.subject.victim
+    made: list[Encryption] = []
+    victim, last = encryption.subject.victim, encryption
     for index in range(count):
         secret = hashlib.sha256(b"release" + index.to_bytes(4) + encryption.secret).digest()
         if drift:
@@ -111,7 +139,8 @@ def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption
             training.fit(model, victim.defender, recipe, generator)
             victim = replace(victim, model=model)
         subject = Subject(victim, encryption.subject.sites)
-        made.append(Encryption.of(subject, encryption.defense, secret))
+        last = last.again(subject, secret)
+        made.append(last)
     return tuple(made)
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from deepenc.encryption.budget import Ledger
 from deepenc.encryption.defense import Allocation, Original, Weights
-from deepenc.encryption.encrypt import _fill
 from deepenc.encryption.inputs import draw
 from deepenc.encryption.objective import Response
 from deepenc.encryption.replay import Program, State, UnfitError
+from deepenc.encryption.shelter import fill
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError
 from deepenc.network.structure import named_tensors
@@ -125,7 +125,7 @@ class Candidates:
         for site in layout.sites:
             own = np.random.default_rng(rng.integers(2**63))
             if layout.positions[site.name]:
-                _fill(site, layout, victim, tensors, weights, own)
+                fill(site, layout, victim, tensors, weights, own)
         return cls(original, tensors, layout, inputs, measure, batch_size, cache)
 
     @property

@@ -260,6 +260,7 @@ def decrypt_tensors(tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor
         if name == first:
             kept = layout.kept(name, layout.narrowed_shape(name, tensors[name].shape))
             result[name] = narrow(tensors[name], kept)
+    result |= key.restored(result)
     return {name: result[first] for name, first in known.items() if name not in unkept}
 
 

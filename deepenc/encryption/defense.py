@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
 from deepenc.errors import ConfigError, PluginError
+from deepenc.network.arrangement import Arrangement
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
 from deepenc.plugins import Plugin, explain, get
@@ -153,20 +154,66 @@ def check_values(values: Sequence[Tensor], gaps: Sequence[Gap], blame: str) -> N
 
 
 class Hardening(Plugin):
-    """Improves confusion channels after they were filled."""
+    """Improves confusion channels after they were filled, or what is released around them."""
 
     kind: ClassVar[str] = "hardening"
+
+    follows: ClassVar[bool] = False
+    """Whether `follow` moves the confusion channels of an earlier release, so that none need be drawn."""
+
+    def arrange(self, original: Original, rng: np.random.Generator) -> Arrangement:
+        """Say how the victim's own channels shall be ordered and scaled before insertion; default: not.
+
+        The core does it, proves that it changes nothing, and keeps it with the key.
+
+        Args:
+            original: The victim and the defender's data.
+            rng: The only source of randomness.
+        """
+        return Arrangement()
+
+    def withholds(self, original: Original) -> Collection[str]:
+        """Names of tensors of the victim that `harden` may replace altogether; default: none.
+
+        The true ones are kept with the key.
+
+        Args:
+            original: The victim and the defender's data.
+        """
+        return ()
 
     @abstractmethod
     def harden(
         self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
     ) -> None:
-        """Change the encrypted network in place, confusion entries only; the core checks that.
+        """Change the encrypted network in place: confusion entries and what is withheld; the core checks it.
 
         Args:
             network: The encrypted network.
             layout: Where the victim's entries lie in it.
-            original: The victim and the defender's data.
+            original: The victim, arranged as it is in the network, and the defender's data.
+            rng: The only source of randomness.
+        """
+
+    def follow(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        before: Mapping[str, Tensor],
+        original: Original,
+        rng: np.random.Generator,
+    ) -> None:
+        """Move an earlier release's confusion channels as the victim moved since; only where ``follows``.
+
+        Steps before this one are not taken again, as the confusion channels carry what they did; those
+        after it are.
+
+        Args:
+            network: The new release: the fine-tuned victim with the earlier release's confusion entries, to
+                be changed in place.
+            layout: Where the victim's entries lie in it, and in the earlier release.
+            before: The earlier release's tensors, by name; what was withheld from it is the true one.
+            original: As for `harden`.
             rng: The only source of randomness.
         """
 

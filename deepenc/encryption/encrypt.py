@@ -7,18 +7,19 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Weights, check_values
+from deepenc.encryption.defense import Allocation, Defense, Original
 from deepenc.encryption.fingerprint import fingerprint
-from deepenc.encryption.key import Key, check_sites, derive_positions, derive_rng, secret_of, verify
-from deepenc.encryption.tensors import names_in, tensors_of
+from deepenc.encryption.key import Key, check_sites, verify
+from deepenc.encryption.secret import derive_positions, derive_rng, secret_of
+from deepenc.encryption.shelter import arrangement_of, follow, shelter
+from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Site
-from deepenc.network.surgery import Layout, fit, narrow, remove, widened
+from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.surgery import remove
 from deepenc.plugins import Plugin
 
 DefenseLike = Defense | str | Mapping[str, Any] | None
@@ -74,7 +75,8 @@ def encrypt(
     original = Original(model, tuple(sites), example, data)
     allocation = chosen.placement.place(original, derive_rng(root, "placement"))
     allocation = checked(chosen.placement, allocation, original.sites)
-    return _shelter(original, derive_positions(root, sites, allocation), chosen, root, "")
+    arrangement = arrangement_of(chosen, original, root, "")
+    return shelter(original, derive_positions(root, sites, allocation), arrangement, chosen, root, "")
 
 
 def decrypt(encrypted: nn.Module, key: Key) -> nn.Module:
@@ -91,7 +93,9 @@ def decrypt(encrypted: nn.Module, key: Key) -> nn.Module:
         KeyFileError: The key is another network's, or a tensor was changed since it was made.
     """
     verify(tensors_of(encrypted, key.sites), key)
-    return remove(encrypted, key.layout())
+    network = remove(encrypted, key.layout())
+    changed = key.restored(named_tensors(network))
+    return replace_tensors(network, changed) if changed else network
 
 
 def reshelter(
@@ -101,6 +105,7 @@ def reshelter(
     *,
     example: Any,
     rotate: bool = False,
+    previous: nn.Module | None = None,
     seed: int | None = None,
     secret: bytes | None = None,
     data: Tensor | None = None,
@@ -111,7 +116,9 @@ def reshelter(
     (Section 2.2). **Do not release both networks**: fine-tuned weights have moved a little, redrawn ones
     altogether, so that whoever holds both releases reads the key off their difference. New positions do
     not change that: the victim's channels are those that both releases have (docs/keys.md has figures).
-    Withdraw the old release first.
+    With ``previous`` nothing is drawn: the confusion channels move as the victim's did, by that hardening of
+    the defense which follows (``drift``), and the steps after it are taken again. Without it,
+    withdraw the old release first.
 
     Args:
         model: The fine-tuned network, of the victim's architecture; left as it is.
@@ -120,6 +127,7 @@ def reshelter(
         example: An example input.
         rotate: Draw new positions, as many at each site as the old key has. The old key, once leaked, then
             opens nothing that is released from now on.
+        previous: The last release, to be followed.
         seed: Makes the run repeatable; whoever guesses the seed knows the confusion weights, and the new
             positions.
         secret: 32 secret bytes instead of a seed; default: fresh ones.
@@ -130,7 +138,9 @@ def reshelter(
         fingerprint.
 
     Raises:
-        ConfigError: The defense inserts nothing, or the new positions are the old ones.
+        ConfigError: The defense inserts nothing, or the new positions are the old ones, or the defense has no
+            step that follows an earlier release, or that shall be followed and rotated.
+        KeyFileError: The key is not that of the last release.
         PluginError: A plugin of the defense is unknown or broke its interface.
         SiteError: The network is not of the key's architecture.
     """
@@ -139,66 +149,26 @@ def reshelter(
         raise ConfigError(f"the defense {chosen.name!r} inserts nothing; reshelter with one that does")
     original = Original(model, key.sites, example, data)
     root = secret_of(seed, secret)
-    positions = key.positions
+    if previous is not None:
+        if rotate or not any(step.follows for step in chosen.hardening):
+            raise ConfigError(
+                "expected a defense with a hardening that follows the last release, such as 'drift', and the "
+                f"same positions; got {chosen.name!r}{', rotated' if rotate else ''}"
+            )
+        return follow(original, key, previous, chosen, root)
+    positions, arrangement = key.positions, key.arrangement
     if rotate:
+        arrangement = arrangement_of(chosen, original, root, key.fingerprint)
         positions = derive_positions(root, key.sites, key.configuration)
         if positions == dict(key.positions):
             raise ConfigError("the new positions are the old key's; rotate with another secret or seed")
     # Bound to the last release: the same seed twice must not draw the same confusion weights twice.
-    return _shelter(original, positions, chosen, root, key.fingerprint)
+    return shelter(original, positions, arrangement, chosen, root, key.fingerprint)
 
 
 def _unprotected(model: nn.Module, sites: Sequence[Site]) -> tuple[nn.Module, Key]:
     released = copy.deepcopy(model)
     return released, Key(tuple(sites), {}, fingerprint(tensors_of(released, sites)))
-
-
-def _shelter(
-    original: Original,
-    positions: Mapping[str, tuple[int, ...]],
-    defense: Defense,
-    secret: bytes,
-    release: str,
-) -> tuple[nn.Module, Key]:
-    layout = Layout(original.sites, positions)
-    victim = tensors_of(original.model, original.sites)
-    if strangers := sorted(set(layout.changed()) - set(victim)):
-        raise SiteError(f"the network lacks the sites' tensors {strangers[:5]}; are they another network's?")
-    tensors = widened(victim, layout)
-    assert defense.weights is not None
-    for site in layout.sites:
-        if layout.positions[site.name]:
-            rng = derive_rng(secret, f"weights {release}", site.name)
-            _fill(site, layout, victim, tensors, defense.weights, rng)
-    network = fit(original.model, tensors, layout)
-    for number, step in enumerate(defense.hardening):
-        step.harden(network, layout, original, derive_rng(secret, f"hardening {number} {release}"))
-        _check_hardened(step, network, layout, victim)
-    return network, Key(original.sites, dict(positions), fingerprint(tensors_of(network, original.sites)))
-
-
-def _fill(
-    site: Site,
-    layout: Layout,
-    victim: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    weights: Weights,
-    rng: np.random.Generator,
-) -> None:
-    """Fill one site's confusion channels, in place in the widened tensors."""
-    positions = layout.positions[site.name]
-    gaps = []
-    for slot in site.slots:
-        shape = list(tensors[slot.tensor].shape)
-        shape[slot.dim] = len(positions) * slot.block
-        own = victim[slot.tensor]
-        gaps.append(Gap(slot, own, tuple(shape), layout.kept(slot.tensor, own.shape)))
-    values = weights.fill(Neurons(site, len(positions), tuple(gaps)), rng)
-    check_values(values, gaps, f"weights {weights.name!r}, site {site.name!r}")
-    for gap, value in zip(gaps, values, strict=True):
-        target = tensors[gap.slot.tensor]
-        entries = layout.forged(site, gap.slot)
-        target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
 
 
 def checked(placement: Plugin, allocation: object, sites: Sequence[Site]) -> Allocation:
@@ -223,26 +193,3 @@ def checked(placement: Plugin, allocation: object, sites: Sequence[Site]) -> All
             "the defense 'null' if nothing is meant"
         )
     return counts
-
-
-def _check_hardened(step: Plugin, network: nn.Module, layout: Layout, victim: Mapping[str, Tensor]) -> None:
-    """Hold a hardening to its word: it may change confusion entries only."""
-    blame = f"hardening {step.name!r}"
-    now = tensors_of(network, layout.sites)
-    if set(now) != set(victim):
-        raise PluginError(f"{blame} added or took away tensors: {sorted(set(now) ^ set(victim))[:5]}")
-    known = names_in(layout, victim)
-    for name, tensor in victim.items():
-        shape = layout.widened_shape(known[name], tensor.shape)
-        if now[name].shape != shape or now[name].dtype != tensor.dtype:
-            raise PluginError(
-                f"{blame} made tensor {name!r} {now[name].dtype} {tuple(now[name].shape)}, it was "
-                f"{tensor.dtype} {shape}; change values only"
-            )
-        real = narrow(now[name], layout.kept(known[name], tensor.shape))
-        if not torch.equal(real, tensor):
-            raise PluginError(
-                f"{blame} changed real entries of tensor {name!r}; removal would not give the victim back"
-            )
-        if not torch.isfinite(now[name]).all() and torch.isfinite(tensor).all():
-            raise PluginError(f"{blame} made entries of tensor {name!r} NaN or infinite")

@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from math import comb, log2
 from pathlib import Path
 from typing import Annotated, Self
 
-import numpy as np
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from deepenc.encryption.fingerprint import fingerprint
 from deepenc.encryption.ranks import rank, unrank
 from deepenc.encryption.sealing import COST, lock, unlock
 from deepenc.errors import ConfigError, KeyFileError, SiteError
+from deepenc.network.arrangement import Arrangement
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout
 
-_MAX_FILE = 2**24  # a key takes a few bytes a site; nobody's key is larger than this
+_MAX_FILE = 2**24  # a key takes a few bytes a site, and what it withholds; nobody's is larger than this
 _MAX_CHANNELS = 2**18  # of one site, confusion channels included: unranking takes their number squared
 
 
@@ -40,18 +41,24 @@ class Key:
         positions: Site name -> ascending positions among all channels of the encrypted site; only sites
             that have confusion channels. Kept out of the repr, so that no log tells it.
         fingerprint: Of the encrypted tensors; see `fingerprint`.
+        arrangement: How the victim's own channels were ordered and scaled before insertion.
+        withheld: Tensors of the victim that the release replaces by others, in the safetensors format; empty
+            where there are none.
 
     Raises:
-        SiteError: Positions that do not fit the sites, or two sites of one name.
+        SiteError: Positions or an arrangement that do not fit the sites, or two sites of one name.
     """
 
     sites: tuple[Site, ...]
     positions: Mapping[str, tuple[int, ...]] = field(repr=False)
     fingerprint: str
+    arrangement: Arrangement = field(default_factory=Arrangement, repr=False)
+    withheld: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         check_sites(self.sites)
         self.layout()
+        self.arrangement.check(self.sites)
 
     @classmethod
     def from_ranks(
@@ -86,6 +93,30 @@ class Key:
         """Where the victim's entries lie in the encrypted tensors."""
         return Layout(self.sites, self.positions)
 
+    def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What else the victim has otherwise than the release, once the confusion channels are out.
+
+        Args:
+            tensors: The tensors without confusion channels, by name.
+
+        Returns:
+            Those that change: channels back in their places and sizes, and what was withheld.
+
+        Raises:
+            KeyFileError: What was withheld is not of these tensors.
+        """
+        changed = self.arrangement.undo(tensors, self.sites)
+        for name, tensor in self.withheld_tensors().items():
+            own = tensors.get(name)
+            if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+                raise KeyFileError(f"the key withholds {name!r}, which the network does not have like that")
+            changed[name] = tensor.to(own.device)
+        return changed
+
+    def withheld_tensors(self) -> dict[str, Tensor]:
+        """The victim's tensors that the release replaces, by name."""
+        return load(self.withheld) if self.withheld else {}
+
     @property
     def configuration(self) -> dict[str, int]:
         """Confusion channels of every site, the paper's ΔC; 0 where there are none."""
@@ -117,88 +148,6 @@ def check_sites(sites: Sequence[Site]) -> None:
         raise SiteError(f"the names of sites must be unique, got twice: {twice[:5]}")
 
 
-def secret_of(seed: int | None = None, secret: bytes | None = None) -> bytes:
-    """The 32-byte secret that a seed stands for, or a given one, or a fresh one where neither is given.
-
-    Raises:
-        ConfigError: Both are given, or the secret is not 32 bytes.
-    """
-    if secret is not None:
-        if seed is not None:
-            raise ConfigError("expected a seed or a secret, got both; leave one out")
-        if not isinstance(secret, bytes) or len(secret) != 32:
-            raise ConfigError(f"expected a secret of 32 bytes, got {_measure(secret)}; try os.urandom(32)")
-        return secret
-    if seed is None:
-        return os.urandom(32)
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise ConfigError(f"expected an integer as seed, got {seed!r}")
-    return hashlib.sha256(f"deepenc seed {int(seed)}".encode()).digest()
-
-
-def _measure(secret: object) -> str:
-    return f"{len(secret)}" if isinstance(secret, bytes) else type(secret).__name__
-
-
-def derive_positions(
-    secret: bytes, sites: Sequence[Site], allocation: Mapping[str, int]
-) -> dict[str, tuple[int, ...]]:
-    """Draw the positions of the confusion channels from a secret, uniformly over all combinations.
-
-    Sites are independent of one another: knowing the positions of some tells nothing of the others.
-
-    Args:
-        secret: 32 bytes.
-        sites: The victim's sites.
-        allocation: Confusion channels per site, ``>= 0``.
-
-    Returns:
-        Ascending positions for each site that gets any.
-    """
-    positions = {}
-    for site in sites:
-        if count := allocation.get(site.name, 0):
-            total = site.width + count
-            number = _below(comb(total, count), _expand(secret, "positions", site.name))
-            positions[site.name] = unrank(number, total, count)
-    return positions
-
-
-def derive_rng(secret: bytes, purpose: str, site: str = "") -> np.random.Generator:
-    """A generator for confusion weights and the like, never for positions.
-
-    It is not a cryptographic one: whoever sees enough of its numbers can tell the rest. They lead
-    neither back to the secret nor to the positions, which are expanded from the secret on their own.
-
-    Args:
-        secret: 32 bytes.
-        purpose: What the numbers are for; other purposes get independent numbers.
-        site: Name of the site they are for, if it is one.
-
-    Raises:
-        ConfigError: The purpose is ``"positions"``.
-    """
-    if purpose == "positions":
-        raise ConfigError("the purpose 'positions' belongs to the key alone; choose another")
-    return np.random.Generator(np.random.PCG64(int.from_bytes(_expand(secret, purpose, site))))
-
-
-def _expand(secret: bytes, purpose: str, site: str) -> bytes:
-    info = json.dumps(["deepenc", 1, purpose, site]).encode()
-    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(secret)
-
-
-def _below(limit: int, stream_key: bytes) -> int:
-    """A uniform integer in ``[0, limit)``, by rejection from a ChaCha20 stream."""
-    bits = (limit - 1).bit_length()
-    size = (bits + 7) // 8
-    stream = Cipher(algorithms.ChaCha20(stream_key, bytes(16)), mode=None).encryptor()
-    while True:
-        number = int.from_bytes(stream.update(bytes(size))) >> (8 * size - bits)
-        if number < limit:
-            return number
-
-
 def verify(tensors: Mapping[str, Tensor], key: Key) -> None:
     """Check that a key belongs to these encrypted tensors.
 
@@ -222,6 +171,9 @@ class _Content(BaseModel):
     ranks: dict[str, tuple[Annotated[int, Field(ge=1)], Annotated[str, Field(pattern="^[0-9a-f]+$")]]]
     sites: str
     fingerprint: str
+    order: dict[str, tuple[int, ...]] = {}
+    powers: dict[str, tuple[int, ...]] = {}
+    withheld: str = ""
 
 
 def seal(
@@ -253,7 +205,12 @@ def seal(
         "ranks": {name: [len(key.positions[name]), f"{number:x}"] for name, number in key.ranks().items()},
         "sites": _sites_digest(key.sites),
         "fingerprint": key.fingerprint,
+        "order": dict(key.arrangement.order),
+        "powers": dict(key.arrangement.powers),
+        "withheld": b64encode(key.withheld).decode(),
     }
+    # What says nothing is left out, so that earlier versions open what they understand.
+    content = {name: value for name, value in content.items() if value or name in ("ranks", "sites")}
     return lock(json.dumps(content).encode(), passphrase, cost, recipients=recipients)
 
 
@@ -294,9 +251,15 @@ def unseal(
     if set(totals) == set(counts) and all(
         total <= _MAX_CHANNELS and ranks[name] < comb(total, counts[name]) for name, total in totals.items()
     ):
-        return Key.from_ranks(sites, counts, ranks, content.fingerprint)
+        with suppress(SiteError, ValueError, SafetensorError):
+            arrangement = Arrangement(content.order, content.powers)
+            withheld = b64decode(content.withheld, validate=True)
+            if withheld:
+                load(withheld)
+            plain = Key.from_ranks(sites, counts, ranks, content.fingerprint)
+            return replace(plain, arrangement=arrangement, withheld=withheld)
     raise KeyFileError(
-        "the key file opens, but its positions do not fit the sites; ask whoever sealed it for another"
+        "the key file opens, but what it holds does not fit the sites; ask whoever sealed it for another"
     )
 
 

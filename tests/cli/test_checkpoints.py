@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from deepenc.cli import app, checkpoints
 from deepenc.encryption import sealing
-from deepenc.encryption.key import derive_positions, load_key, save_key
+from deepenc.encryption.key import load_key, save_key
+from deepenc.encryption.secret import derive_positions
 from deepenc.encryption.sharded import checkpoint as sharded
 
 transformers = pytest.importorskip("transformers")

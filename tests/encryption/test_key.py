@@ -11,7 +11,8 @@ import torch
 from scipy.stats import chisquare
 
 from deepenc.encryption.fingerprint import fingerprint
-from deepenc.encryption.key import Key, derive_positions, derive_rng, secret_of
+from deepenc.encryption.key import Key
+from deepenc.encryption.secret import derive_positions, derive_rng, secret_of
 from deepenc.errors import ConfigError, SiteError
 from deepenc.network.sites import Role, Site, Slot
 

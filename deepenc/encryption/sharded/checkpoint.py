@@ -17,8 +17,9 @@ from deepenc.encryption.checkpoint import HEADER, Checkpoint, Header, check_fit,
 from deepenc.encryption.defense import Allocation, Defense, Original, Placement
 from deepenc.encryption.encrypt import DefenseLike, checked
 from deepenc.encryption.fingerprint import fingerprint
-from deepenc.encryption.key import Key, check_sites, derive_positions, derive_rng, secret_of
+from deepenc.encryption.key import Key, check_sites
 from deepenc.encryption.objective import memory
+from deepenc.encryption.secret import derive_positions, derive_rng, secret_of
 from deepenc.encryption.sharded.partial import Partial, refuse_used
 from deepenc.encryption.sharded.pretrained import examples_of, structure_of
 from deepenc.encryption.sharded.rewrite import Progress, copy_beside, fingerprint_of, rewrite, write_index

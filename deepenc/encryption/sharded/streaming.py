@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepenc.encryption.defense import Gap, Neurons, Weights, check_values
-from deepenc.encryption.key import derive_rng
+from deepenc.encryption.secret import derive_rng
 from deepenc.encryption.sharded.shards import Entry, Reader, steps
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
