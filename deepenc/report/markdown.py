@@ -9,6 +9,7 @@ from deepenc.arena.record import Record
 from deepenc.arena.stats import CellSummary, Estimate, summarise, worst
 from deepenc.errors import StoreError
 from deepenc.report.curves import Chart, apart, charts
+from deepenc.report.frontier import TOLERABLE, Frontier, frontiers
 
 Cell = Callable[[CellSummary], str]
 
@@ -28,7 +29,7 @@ def markdown(records: Sequence[Record]) -> str:
 
     Returns:
         The strongest attack on every defense; for each victim and threat model a table of accuracies and,
-        where scores were claimed, one of detection; a table for each curve.
+        where scores were claimed, one of detection; a table for each curve, and how far each defense holds.
     """
     summaries = summarise(records)
     judged = {r.accuracy.images for r in records if r.accuracy}
@@ -45,6 +46,8 @@ def markdown(records: Sequence[Record]) -> str:
         if scored:
             parts.append(f"**{victim}, detection under `{threat}`**\n\n{_pivot(scored, _detection)}")
     parts += [_chart(chart) for chart in charts(summaries)]
+    if found := frontiers(records):
+        parts.append(_frontiers(found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,6 +118,26 @@ def _chart(chart: Chart) -> str:
         name = f"{line.attack} (falls)" if line.falls else line.attack
         rows.append([name, line.defense, *(_accuracy(s) if s else "" for s in cells)])
     return f"**{chart.victim}, accuracy over {budget} under `{chart.threat}`**\n\n{_table(rows)}"
+
+
+def _frontiers(found: Sequence[Frontier]) -> str:
+    parts = []
+    for victim, threat, budget in dict.fromkeys((f.victim, f.threat, f.budget) for f in found):
+        lines = [f for f in found if (f.victim, f.threat, f.budget) == (victim, threat, budget)]
+        values = sorted({value for line in lines for value in line.points})
+        name = budget.replace("_", " ")
+        rows = [["defense", *(f"{name} {value:g}" for value in values), "holds up to"]]
+        for line in lines:
+            points = [line.points.get(value) for value in values]
+            gained = [
+                "" if p is None or p.advantage is None else _estimate(p.advantage, 1, 2) for p in points
+            ]
+            rows.append([line.defense, *gained, "—" if line.holds is None else f"{line.holds:g}"])
+        parts.append(
+            f"**{victim}, advantage of the strongest attack over {name} under `{threat}`; a defense holds "
+            f"while its mean is at most {TOLERABLE:g}**\n\n{_table(rows)}"
+        )
+    return "\n\n".join(parts)
 
 
 def _table(rows: list[list[str]]) -> str:

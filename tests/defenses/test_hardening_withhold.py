@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from deepenc.arena.hosts import host_defense
+from deepenc.arena.tiny import tiny_subject
+from deepenc.encryption.checkpoint import decrypt_tensors
+from deepenc.encryption.encrypt import decrypt, encrypt
+from deepenc.encryption.key import Key, seal, unseal
+from deepenc.encryption.tensors import tensors_of
+from deepenc.errors import ConfigError, KeyFileError
+from deepenc.network.surgery import remove
+from defenses.hardening.withhold import Withhold
+
+NORMS = ("bn1", "bn2", "bn3")
+
+
+@pytest.fixture(scope="module")
+def released() -> tuple[nn.Module, Key, nn.Module, torch.Tensor]:
+    subject = tiny_subject()
+    victim, images = subject.victim.model, subject.victim.defender.inputs
+    network, key = encrypt(
+        victim, images[:1], host_defense(hardening=Withhold(images=10**6)), seed=2,
+        sites=subject.sites, data=images,
+    )  # fmt: skip
+    return network, key, victim, images
+
+
+def test_the_release_has_its_own_statistics(released: tuple[nn.Module, Key, nn.Module, torch.Tensor]) -> None:
+    network, _, _, images = released
+    seen = {}
+    run = copy.deepcopy(network).train()  # each layer normalises by the batch, as when they were measured
+    for name in NORMS:
+        getattr(run, name).register_forward_pre_hook(
+            lambda _, given, name=name: seen.update({name: given[0].mean((0, 2, 3))})
+        )
+    with torch.no_grad():
+        run(images)
+    for name in NORMS:
+        assert torch.allclose(getattr(network, name).running_mean, seen[name], rtol=0.1, atol=0.05)
+
+
+def test_removing_the_confusion_channels_does_not_bring_the_statistics_back(
+    released: tuple[nn.Module, Key, nn.Module, torch.Tensor],
+) -> None:
+    network, key, victim, _ = released
+    guessed = tensors_of(remove(network, key.layout()))
+    for name in NORMS:
+        assert not torch.allclose(
+            guessed[f"{name}.running_var"], getattr(victim, name).running_var, rtol=0.05
+        )
+        assert torch.equal(guessed[f"{name}.weight"], getattr(victim, name).weight)
+
+
+def test_the_key_does(released: tuple[nn.Module, Key, nn.Module, torch.Tensor]) -> None:
+    network, key, victim, _ = released
+    opened = unseal(seal(key, "word", cost=2**10), "word", key.sites)
+    assert opened == key
+    for found in (tensors_of(decrypt(network, opened)), decrypt_tensors(tensors_of(network), opened)):
+        assert found.keys() == tensors_of(victim).keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors_of(victim).items())
+
+
+def test_what_was_withheld_must_fit(released: tuple[nn.Module, Key, nn.Module, torch.Tensor]) -> None:
+    network, key, _, _ = released
+    tensors = {name: tensor for name, tensor in tensors_of(network).items() if "running" not in name}
+    with pytest.raises(KeyFileError, match="withholds"):
+        key.restored(tensors)
+
+
+def test_a_network_without_batchnorm() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    with pytest.raises(ConfigError, match="changes nothing"):
+        encrypt(net, torch.randn(2, 4), host_defense(hardening=Withhold()), seed=0, data=torch.randn(8, 4))
+
+
+def test_without_images() -> None:
+    subject = tiny_subject()
+    with pytest.raises(ConfigError, match="needs the defender's images"):
+        encrypt(subject.victim.model, subject.victim.example, host_defense(hardening=Withhold()), seed=0)
