@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from math import prod
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from deepenc.encryption.costs import MILLISECOND, Costs, Sizes, flops, latency
 from deepenc.encryption.defense import Allocation, Original
-from deepenc.encryption.tensors import shared, tensors_of
-from deepenc.errors import ConfigError, SiteError
+from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 
 MOST = 10
 """A budget above this many times the network is taken for a mistake."""
-UNITS = "'5%' or 0.05 (of the memory), {bytes: 20000} or {parameters: 1000}"
+UNITS = (
+    "'5%' or 0.05 (of the memory), {bytes: 20000}, {parameters: 1000}, {flops: 1e6}, {flops: 5%}, "
+    "{latency: 0.2} (milliseconds) or {latency: 5%}"
+)
+
+
+def _amount(value: Any) -> Any:
+    """A number above 0, or a share as text."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            share = Fraction(value.strip().removesuffix("%").strip()) / 100
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"cannot read {value!r}; give a number, or a share such as '5%'") from None
+        if not 0 < share <= MOST:
+            raise ValueError(f"expected a share above 0 and up to {MOST * 100}%, got {value!r}")
+        return value.strip()
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number or a share such as '5%', got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a number or a share such as '5%', got {value!r}") from None
+    if not 0 < number < float("inf"):
+        raise ValueError(f"expected a number above 0, got {value!r}")
+    return number
+
+
+Amount = Annotated[float | str, BeforeValidator(_amount)]
+"""So many, or a share of the victim's as text (``5%``)."""
 
 
 class Budget(BaseModel):
-    """What confusion channels may cost: a share of the network's memory, bytes, or parameters.
+    """What confusion channels may cost, in one of five units.
 
-    In a configuration ``5%`` or ``0.05`` (ΔMem/Mem of Equation 1), ``{bytes: 20000}``, or
-    ``{parameters: 1000}``; exactly one. Operations and latency are no units of it.
+    In a configuration ``5%`` or ``0.05`` (ΔMem/Mem of Equation 1), ``{bytes: 20000}``,
+    ``{parameters: 1000}``, ``{flops: 1e6}`` or ``{flops: 5%}``, ``{latency: 0.2}`` or ``{latency: 5%}``;
+    exactly one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -36,6 +63,12 @@ class Budget(BaseModel):
     """Bytes added to parameters and buffers."""
     parameters: int | None = Field(None, ge=1)
     """Entries added to parameters; running statistics and other buffers are free."""
+    flops: Amount | None = None
+    """Floating-point operations added for one input, as torch counts them (a multiplication and an addition
+    are two); or a share of the victim's, as ``5%``."""
+    latency: Amount | None = None
+    """Milliseconds added for one input, on the device of the network; or a share, as ``5%``. Measured, on a
+    sample of widened networks, each time anew: noisy, and true of this machine alone."""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,7 +112,7 @@ class Budget(BaseModel):
 
 
 class Ledger:
-    """Costs of allocations, exactly as `deepenc.encryption.objective.memory` has them, and many a second.
+    """Costs of allocations in the budget's unit, many a second; those in memory are exact.
 
     Args:
         original: The victim.
@@ -87,7 +120,7 @@ class Ledger:
         sites: The sites that may get channels; default: all.
 
     Attributes:
-        limit: The budget, in its unit: bits, or parameters.
+        limit: The budget, in its unit: bits, parameters, operations, or nanoseconds.
         sites: Those sites.
 
     Raises:
@@ -97,34 +130,22 @@ class Ledger:
 
     def __init__(self, original: Original, budget: Budget, sites: Sequence[Site] | None = None) -> None:
         self.sites = tuple(original.sites if sites is None else sites)
-        tensors = tensors_of(original.model, original.sites)
-        counted = dict(original.model.named_parameters(remove_duplicate=False))
-        slots: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-        for site in original.sites:
-            for slot in site.slots:
-                if slot.tensor not in tensors or slot.dim >= tensors[slot.tensor].ndim:
-                    raise SiteError(
-                        f"site {site.name!r} needs dimension {slot.dim} of tensor {slot.tensor!r}, which "
-                        "the network does not have; is the site list of another network?"
-                    )
-                slots[slot.tensor].append((slot.dim, slot.block, site.name))
-        self._unit = 1 if budget.parameters else 8
-        total = 0
-        self._groups: dict[str, list[_Group]] = defaultdict(list)
-        for names in shared(tensors):
-            first = tensors[names[0]]
-            unit = 8 * first.element_size()
+        self._what, self._unit = "bytes", 8
+        if budget.flops is not None:
+            self._what, self._unit = "operations", 1
+            self._costs: Costs = flops(original)
+        elif budget.latency is not None:
+            self._what, self._unit = "nanoseconds", 1
+            self._costs = latency(original)
+        else:
             if budget.parameters is not None:
-                unit = int(any(name in counted for name in names))
-            total += unit * first.numel()
-            group = _Group(unit, [(tuple(tensors[name].shape), slots[name]) for name in names])
-            for site_name in {site for name in names for *_, site in slots[name]}:
-                self._groups[site_name].append(group)
-        self.limit = _limit(budget, total)
-        self._check(total)
+                self._what, self._unit = "parameters", 1
+            self._costs = Sizes(original, entries=budget.parameters is not None)
+        self.limit = _limit(budget, self._costs.total)
+        self._check(self._costs.total)
 
     def _check(self, total: int) -> None:
-        what = "bytes" if self._unit == 8 else "parameters"
+        what = self._what
         if self.limit > MOST * total:
             raise ConfigError(
                 f"a budget of {self.limit // self._unit} {what} is more than {MOST} times the network's "
@@ -141,13 +162,11 @@ class Ledger:
 
     def cost(self, allocation: Mapping[str, int]) -> int:
         """What an allocation adds, in the budget's unit."""
-        groups = {id(group): group for name in allocation for group in self._groups[name]}
-        return sum(group.size(allocation) - group.size({}) for group in groups.values())
+        return self._costs.cost(allocation)
 
     def price(self, allocation: Mapping[str, int], site: str, count: int = 1) -> int:
         """What ``count`` more channels at a site add to an allocation's cost; less than 0 for fewer."""
-        more = {**allocation, site: allocation.get(site, 0) + count}
-        return sum(group.size(more) - group.size(allocation) for group in self._groups[site])
+        return self._costs.price(allocation, site, count)
 
     def room(self, allocation: Mapping[str, int], site: str, most: int | None = None) -> int:
         """The largest number of further channels at a site that the budget pays for, up to ``most``."""
@@ -162,28 +181,20 @@ class Ledger:
         return low
 
 
-class _Group:
-    """One tensor, by all names it is tied to."""
-
-    def __init__(
-        self, unit: int, named: Sequence[tuple[tuple[int, ...], list[tuple[int, int, str]]]]
-    ) -> None:
-        self.unit, self.named = unit, named
-
-    def size(self, allocation: Mapping[str, int]) -> int:
-        sizes = []
-        for shape, slots in self.named:
-            grown = list(shape)
-            for dim, block, site in slots:
-                grown[dim] += block * allocation.get(site, 0)
-            sizes.append(prod(grown))
-        return self.unit * max(sizes)
-
-
 def _limit(budget: Budget, total: int) -> int:
     if budget.share is not None:
         return int(Fraction(repr(budget.share)) * total)
+    if budget.flops is not None:
+        return _of(budget.flops, total, 1)
+    if budget.latency is not None:
+        return _of(budget.latency, total, MILLISECOND)
     return budget.parameters if budget.parameters is not None else 8 * (budget.bytes or 0)
+
+
+def _of(amount: float | str, total: int, unit: int) -> int:
+    if isinstance(amount, str):
+        return int(Fraction(amount.removesuffix("%").strip()) / 100 * total)
+    return int(amount * unit)
 
 
 def grow(

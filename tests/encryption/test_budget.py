@@ -62,9 +62,11 @@ def test_what_can_be_written(text: object, unit: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "remedy"),
-    [(5, "did you mean '5%'"), ("5 parsecs", "cannot read"), ({"flops": 3}, "unknown unit 'flops'"),
+    [(5, "did you mean '5%'"), ("5 parsecs", "cannot read"), ({"watts": 3}, "unknown unit 'watts'"),
      ({"bytes": 3, "parameters": 3}, "exactly one"), ({}, "exactly one"), (0, "greater than 0"), ("-1%", "0"),
-     ("2000%", "less than or equal to 10"), (float("nan"), "finite"), ({"bytes": 0}, "1"), ("1/0", "cannot")],
+     ("2000%", "less than or equal to 10"), (float("nan"), "finite"), ({"bytes": 0}, "1"), ("1/0", "cannot"),
+         ({"flops": "x%"}, "cannot read"), ({"flops": 0}, "above 0"), ({"latency": "2000%"}, "up to 1000%"),
+         ({"latency": True}, "a number or a share"), ({"flops": 1, "latency": 1}, "exactly one")],
 )  # fmt: skip
 def test_what_cannot_be_meant(text: object, remedy: str) -> None:
     with pytest.raises(ValidationError, match=remedy):

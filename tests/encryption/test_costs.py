@@ -1,0 +1,88 @@
+"""Costs in operations and time, against counts by hand, whole networks, and a clock that the test made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepenc.encryption.budget import Budget, Ledger
+from deepenc.encryption.costs import Quadratic, flops, latency
+from deepenc.encryption.defense import Original
+from deepenc.errors import ConfigError
+from deepenc.network.find import find_sites
+from deepenc.network.surgery import Layout, insert
+from deepenc.victims.models import CifarResNet
+
+
+def original(model: nn.Module, example: torch.Tensor) -> Original:
+    return Original(model.eval(), tuple(find_sites(model, example)), example)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Original:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+    )
+    return original(net, torch.randn(2, 3, 6, 6))
+
+
+def test_operations_by_hand(plain: Original) -> None:
+    """Maps of 4x4 and 3x3; a multiplication with its addition is two operations."""
+    costs = flops(plain)
+    assert costs.total == 2 * (16 * 8 * 27 + 9 * 4 * 32 + 36 * 5)
+    assert costs.price({}, "0", 1) == 2 * (16 * 27 + 9 * 4 * 4)
+    assert costs.price({}, "2", 1) == 2 * (9 * 32 + 9 * 5)
+    together = costs.cost({"0": 2, "2": 3})
+    assert together == 2 * (2 * (16 * 27 + 9 * 4 * 4) + 3 * (9 * 32 + 9 * 5) + 6 * 9 * 4)
+    assert costs.price({"0": 2}, "2", 3) == together - costs.cost({"0": 2})
+
+
+def test_operations_of_whole_networks() -> None:
+    """Streams widen tensors along both dimensions at once."""
+    model, example = CifarResNet(8, channels=1).eval(), torch.randn(1, 1, 8, 8)
+    sites = tuple(find_sites(model, example, streams=True))
+    whole = Original(model, sites, example)
+    costs = flops(whole)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        counts = {site.name: int(torch.randint(0, 4, (), generator=generator)) for site in sites}
+        places = {s.name: tuple(range(s.width, s.width + counts[s.name])) for s in sites}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            insert(model, Layout(sites, places))(example)
+        assert costs.total + costs.cost(counts) == counter.get_total_flops()
+
+
+def test_time_by_a_clock_that_counts_parameters(plain: Original) -> None:
+    def timed(network: nn.Module, example: object) -> int:
+        return 1000 * sum(p.numel() for p in network.parameters())
+
+    costs = latency(plain, timed)
+    assert costs.total == timed(plain.model, plain.example) // 2
+    assert costs.price({}, "0", 1) == 1000 * (27 + 1 + 16) // 2
+    assert costs.price({"0": 5}, "2", 2) == 2 * (1000 * (32 + 1 + 45) // 2)
+
+
+def test_noise_makes_nothing_free(plain: Original) -> None:
+    times = iter([1000, 900, 950])
+    costs = latency(plain, lambda network, example: next(times))
+    assert costs.price({}, "0", 1) == costs.price({}, "2", 1) == 1
+
+
+def test_pairs_by_hand() -> None:
+    costs = Quadratic(100, {"a": 5, "b": 7}, {("a", "b"): 2, ("a", "a"): 10})
+    assert costs.cost({"a": 3, "b": 4}) == 3 * 5 + 4 * 7 + 12 * 2 + 3 * 10
+
+
+@pytest.mark.parametrize("budget", [{"flops": "50%"}, {"flops": 5000.0}])
+def test_a_ledger_keeps_to_it(plain: Original, budget: dict[str, object]) -> None:
+    ledger = Ledger(plain, Budget.model_validate(budget), plain.sites)
+    count = ledger.room({}, "0")
+    assert count > 0
+    assert ledger.cost({"0": count}) <= ledger.limit < ledger.cost({"0": count + 1})
+
+
+def test_a_budget_of_operations_below_one_channel(plain: Original) -> None:
+    with pytest.raises(ConfigError, match="operations is below one channel"):
+        Ledger(plain, Budget(flops=3.0))
