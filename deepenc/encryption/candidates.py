@@ -112,20 +112,8 @@ class Candidates:
         Raises:
             ConfigError: Fewer than two images, or counts that cannot be meant.
         """
-        known = {site.name: site for site in original.sites}
-        if not any(most.values()) or min(most.values()) < 0 or set(most) - set(known):
-            raise ConfigError(
-                f"expected counts >= 0 for sites of the network, some of them above 0, got {most}"
-            )
         inputs = draw("a search over allocations", original.model, original, rng, images)
-        places = {name: tuple(range(known[name].width, known[name].width + n)) for name, n in most.items()}
-        layout = Layout(original.sites, places)
-        victim = tensors_of(original.model, original.sites)
-        tensors = widened(victim, layout)
-        for site in layout.sites:
-            own = np.random.default_rng(rng.integers(2**63))
-            if layout.positions[site.name]:
-                fill(site, layout, victim, tensors, weights, own)
+        tensors, layout = filled(original, weights, rng, most)
         return cls(original, tensors, layout, inputs, measure, batch_size, cache)
 
     @property
@@ -252,6 +240,37 @@ class Candidates:
     def _final(self, out: Tensor) -> Tensor:
         values = out.double().flatten(1)
         return values.softmax(1) if self._measure == "probabilities" else values
+
+
+def filled(
+    original: Original, weights: Weights, rng: np.random.Generator, most: Mapping[str, int]
+) -> tuple[dict[str, Tensor], Layout]:
+    """The victim's widened tensors, with as many confusion channels as any allocation may have.
+
+    Args:
+        original: The victim.
+        weights: Fills the channels.
+        rng: The only source of randomness.
+        most: How many for each site; they stand behind the real ones.
+
+    Returns:
+        The tensors that have confusion channels, by name, and what widened them.
+
+    Raises:
+        ConfigError: Counts that cannot be meant.
+    """
+    known = {site.name: site for site in original.sites}
+    if not any(most.values()) or min(most.values()) < 0 or set(most) - set(known):
+        raise ConfigError(f"expected counts >= 0 for sites of the network, some of them above 0, got {most}")
+    places = {name: tuple(range(known[name].width, known[name].width + n)) for name, n in most.items()}
+    layout = Layout(original.sites, places)
+    victim = tensors_of(original.model, original.sites)
+    tensors = widened(victim, layout)
+    for site in layout.sites:
+        own = np.random.default_rng(rng.integers(2**63))
+        if layout.positions[site.name]:
+            fill(site, layout, victim, tensors, weights, own)
+    return tensors, layout
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
