@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,11 +152,11 @@ def headless(network: nn.Module, example: Tensor) -> nn.Module:
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name]
     if layers:
         copied = replace_tensors(network, named_tensors(network))
-        head = copied.get_submodule(layers[-1])
+        head = cast(nn.Linear, copied.get_submodule(layers[-1]))
         copied.set_submodule(layers[-1], nn.Identity())
         with torch.no_grad():
             features, outputs = copied(example), network(example)
-            made = head(features) if features.shape[-1] == head.weight.shape[1] else None
+            made = head(features) if features.shape[-1] == head.in_features else None
         if isinstance(outputs, Tensor) and made is not None and same([made], [outputs]):
             return copied
     raise ConfigError(
