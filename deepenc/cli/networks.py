@@ -65,7 +65,8 @@ def encrypt(
     refuse_to_replace(folder, force)
     passphrase, recipients = openings(passphrase_file, recipient)
     model, example = source.network(cache_folder())
-    encrypted, made = make(model, example, chosen, streams=streams, scope=scope)
+    data = source.load(cache_folder()).defender.inputs if chosen.wants_data else None
+    encrypted, made = make(model, example, chosen, streams=streams, scope=scope, data=data)
     with replacing(folder):
         checkpoint.save(
             folder,

@@ -69,13 +69,15 @@ def rotate(
         passphrase, recipients = openings(new_passphrase_file, recipient)
     else:
         recipients = []
-    structure, example = _victim(victim, stored.victim).network(cache_folder())
+    source = _victim(victim, stored.victim)
+    structure, example = source.network(cache_folder())
     original = decrypt(stored.network(structure), old)
     chosen = Defense.of(stored.defense if defense is None else defense)
+    data = source.load(cache_folder()).defender.inputs if chosen.wants_data else None
     if defense is None:
-        encrypted, made = reshelter(original, old, chosen, example=example, rotate=True)
+        encrypted, made = reshelter(original, old, chosen, example=example, rotate=True, data=data)
     else:
-        encrypted, made = encrypt(original, example, chosen, sites=stored.sites)
+        encrypted, made = encrypt(original, example, chosen, sites=stored.sites, data=data)
     with replacing(target):
         checkpoint.save(
             target,

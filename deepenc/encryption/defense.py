@@ -77,6 +77,11 @@ class Placement(Plugin):
 
     kind: ClassVar[str] = "placement"
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether it needs the defender's data."""
+        return False
+
     @abstractmethod
     def place(self, original: Original, rng: np.random.Generator) -> Allocation:
         """Allocate confusion channels.
@@ -160,6 +165,11 @@ class Hardening(Plugin):
 
     follows: ClassVar[bool] = False
     """Whether `follow` moves the confusion channels of an earlier release, so that none need be drawn."""
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether it needs the defender's data."""
+        return False
 
     def arrange(self, original: Original, rng: np.random.Generator) -> Arrangement:
         """Say how the victim's own channels shall be ordered and scaled before insertion; default: not.
@@ -274,6 +284,12 @@ class Defense(BaseModel):
     def protects(self) -> bool:
         """Whether the defense inserts anything; the null defense does not."""
         return self.placement is not None
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether any part of it needs the defender's data."""
+        steps = (*(() if self.placement is None else (self.placement,)), *self.hardening)
+        return any(step.wants_data for step in steps)
 
     def plugins(self) -> tuple[Plugin, ...]:
         """The plugins it is made of."""

@@ -31,6 +31,11 @@ class Calibrate(Hardening):
     images: int = Field(256, ge=2)
     """Images to measure on, run at once."""
 
+    @property
+    def wants_data(self) -> bool:
+        """Yes."""
+        return True
+
     def harden(
         self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
     ) -> None:

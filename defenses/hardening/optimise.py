@@ -64,6 +64,11 @@ class Optimise(Hardening):
     calibration: int = Field(256, ge=2)
     """Images to measure them on, at most, run at once."""
 
+    @property
+    def wants_data(self) -> bool:
+        """Yes."""
+        return True
+
     def harden(
         self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
     ) -> None:

@@ -34,6 +34,11 @@ class Withhold(Hardening):
     images: int = Field(256, ge=2)
     """The defender's images to measure on, at most."""
 
+    @property
+    def wants_data(self) -> bool:
+        """Yes."""
+        return True
+
     def withholds(self, original: Original) -> Collection[str]:
         """All running means and variances."""
         return [

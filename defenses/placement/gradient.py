@@ -65,6 +65,11 @@ class Gradient(Placement):
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 
+    @property
+    def wants_data(self) -> bool:
+        """Yes."""
+        return True
+
     def place(self, original: Original, rng: np.random.Generator) -> Allocation:
         """Train strengths, and round them.
 

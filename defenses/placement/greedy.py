@@ -42,6 +42,11 @@ class Greedy(Placement):
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 
+    @property
+    def wants_data(self) -> bool:
+        """Yes."""
+        return True
+
     def place(self, original: Original, rng: np.random.Generator) -> Allocation:
         """Allocate step by step.
 

@@ -45,6 +45,11 @@ class Spread(Placement):
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 
+    @property
+    def wants_data(self) -> bool:
+        """For the floor."""
+        return self.floor > 0
+
     def place(self, original: Original, rng: np.random.Generator) -> Allocation:
         """Allocate where a channel adds most key bits for what it costs.
 

@@ -1,0 +1,20 @@
+"""What the built-in parts can do together, which is no promise: docs/state_of_the_art.md has what is left."""
+
+from __future__ import annotations
+
+from deepenc.encryption.budget import Budget
+from deepenc.encryption.defense import Defense
+from defenses.hardening.drift import Drift
+from defenses.hardening.optimise import Optimise
+from defenses.hardening.permute import Permute
+from defenses.hardening.withhold import Withhold
+from defenses.placement.spread import Spread
+from defenses.weights.conditional import Conditional
+
+strong = Defense(
+    name="strong",
+    summary="Camouflaged, optimised (5 % of memory), the victim permuted, its statistics kept with the key.",
+    placement=Spread(budget=Budget(share=0.05)),
+    weights=Conditional(),
+    hardening=(Permute(), Optimise(quantile=0.5), Drift(), Withhold()),
+)
