@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from deepenc import plugins
 from deepenc.cli import app
+from deepenc.encryption.defense import Defense
 from deepenc.encryption.key import save_key
 from deepenc.victims.victim import Images, Victim, VictimSource
 
@@ -94,6 +95,18 @@ def test_encrypt_and_decrypt_give_the_victim_back(run: Run, tmp_path: Path) -> N
     inspected = run("inspect", "stolen").stdout
     assert "toy encrypted with paper-samp" in inspected
     assert "key bits" in inspected
+
+
+def test_a_defense_that_wants_data_gets_the_victim_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanting = Defense.of({"base": "paper-samp", "name": "wanting", "placement": "greedy:budget=5%,images=8"})
+    monkeypatch.setitem(plugins._loaded, ("defense", "wanting"), wanting)
+    assert wanting.wants_data and not Defense.of("paper-samp").wants_data
+    done = run("encrypt", "toy", "stolen", "--key", "owner.key", "--defense", "wanting")
+    assert done.exit_code == 0, done.output
+    done = run(
+        "rotate", "stolen", "owner.key", "second", "second.key", "--victim", "toy", "--defense", "wanting"
+    )
+    assert done.exit_code == 0, done.output
 
 
 def test_nothing_is_overwritten_without_force(run: Run, tmp_path: Path) -> None:
