@@ -172,6 +172,9 @@ class Search(BaseModel):
         """The base's own values; None where the space does not hold them."""
         found: dict[str, Any] = {}
         for axis in self.space:
+            if not _has(self.base, axis.field):  # left out, so that any value will do
+                found[axis.field] = axis.ends()[0]
+                continue
             candidates = axis.choices or (_get(self.base, axis.field),)
             for value in candidates:
                 same = not _refusal(self.base, axis.field, value) and axis.holds(value)

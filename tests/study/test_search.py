@@ -59,6 +59,14 @@ def test_the_search_starts_at_the_base_where_the_space_holds_it() -> None:
     assert search(base="paper-init").start() is None
 
 
+def test_what_the_base_does_not_have_takes_any_value_at_the_start() -> None:
+    space = {"hardening": [None, "optimise"], "hardening.0.steps": [30, 60], "weights": ["samp", "init"]}
+    found = search(space=space)
+    start = found.start()
+    assert start == {"hardening": None, "hardening.0.steps": 30, "weights": "samp"}
+    assert found.variant(start, found.base.name).spec() == found.base.spec()
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
