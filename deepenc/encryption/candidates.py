@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from deepenc.encryption.budget import Ledger
 from deepenc.encryption.defense import Allocation, Original, Weights
 from deepenc.encryption.inputs import draw
-from deepenc.encryption.objective import Measure, Response, headless
+from deepenc.encryption.objective import Response
 from deepenc.encryption.replay import Program, State, UnfitError
 from deepenc.encryption.shelter import fill
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, fit, narrow, widened
+
+Measure = Literal["logits", "probabilities"]
+"""What Equation 1 compares: the network's outputs, or their softmax."""
 
 
 class Candidates:
@@ -47,8 +50,7 @@ class Candidates:
         batches: The images.
 
     Raises:
-        ConfigError: The network is in training mode, or its outputs are not ``(images, outputs)``; features
-            are asked for and cannot be compared.
+        ConfigError: The network is in training mode, or its outputs are not ``(images, outputs)``.
     """
 
     def __init__(
@@ -62,14 +64,8 @@ class Candidates:
         cache: int = 2**30,
     ) -> None:
         self.most: Allocation = {name: len(places) for name, places in layout.positions.items()}
-        model = headless(original.model, images[:1]) if measure == "features" else original.model
-        self._model, self._wide, self._layout, self._measure = model, tensors, layout, measure
-        own = named_tensors(model)
-        if not tensors.keys() <= own.keys():
-            raise ConfigError(
-                "confusion channels of the last sites are among the features; leave these sites out, or "
-                "compare logits or probabilities"
-            )
+        self._model, self._wide, self._layout, self._measure = original.model, tensors, layout, measure
+        own = named_tensors(original.model)
         changed = {id(own[name]) for name in tensors}
         self._rest = {name: tensor for name, tensor in own.items() if id(tensor) not in changed}
         self._slots = defaultdict(list)
@@ -291,7 +287,6 @@ def climb(
     allocation: Mapping[str, int],
     step: int = 1,
     enough: float | None = None,
-    passed: Callable[[Allocation, Response], None] | None = None,
 ) -> Allocation:
     """Add channels where Equation 1's response rises most for what they cost, one step at a time.
 
@@ -304,7 +299,6 @@ def climb(
         allocation: To begin with.
         step: Channels added at a time; fewer where no more fit.
         enough: A relative response (`Response.relative`) at which to stop.
-        passed: Is told every allocation on the way, the first and the last included.
 
     Returns:
         An allocation within the budget; without ``enough`` one more channel anywhere would exceed it, or
@@ -312,8 +306,6 @@ def climb(
     """
     counts = dict(allocation)
     now, turn = candidates.settle(counts), 0
-    if passed is not None:
-        passed(dict(counts), now)
     heap = [(float("-inf"), -1, order) for order in range(len(ledger.sites))]
     while heap and (enough is None or now.relative < enough):
         known, seen, order = heapq.heappop(heap)
@@ -325,8 +317,6 @@ def climb(
         if seen == turn:
             counts, turn = wanted, turn + 1
             now = candidates.settle(counts)
-            if passed is not None:
-                passed(dict(counts), now)
             heapq.heappush(heap, (known, seen, order))
             continue
         change = (candidates.response(wanted).l2 - now.l2) / ledger.price(counts, name, more)

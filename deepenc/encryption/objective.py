@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepenc.encryption.tensors import shared
 from deepenc.errors import ConfigError, SiteError
-from deepenc.network.probe import same
 from deepenc.network.sites import Site
-from deepenc.network.structure import named_tensors, replace_tensors
-
-Measure = Literal["logits", "probabilities", "features"]
-"""What Equation 1 compares: the network's outputs, their softmax, or what its last linear layer gets."""
 
 
 @dataclass(frozen=True)
@@ -85,40 +79,25 @@ def memory(tensors: Mapping[str, Tensor], sites: Sequence[Site], allocation: Map
 
 
 def response_change(
-    original: nn.Module,
-    encrypted: nn.Module,
-    inputs: Tensor,
-    batch_size: int = 256,
-    measure: Measure = "logits",
+    original: nn.Module, encrypted: nn.Module, inputs: Tensor, batch_size: int = 256
 ) -> Response:
-    """Response change of Equation 1 (E of ‖f(x; θ) − f(x; θ̄)‖₂).
+    """Response change of Equation 1, on logits (E of ‖f(x; θ) − f(x; θ̄)‖₂).
 
     Args:
         original: The victim's network, in eval mode.
         encrypted: The encrypted network, in eval mode.
         inputs: The defender's images D, ``(images, ...)``, at least one.
         batch_size: Images per forward pass.
-        measure: What to compare.
 
     Raises:
-        ConfigError: No images, or a network in training mode or without a tensor as output; features are
-            asked for, and the network does not end with a linear layer, or confusion channels are among them.
+        ConfigError: No images, or a network in training mode or without a tensor as output.
     """
     if len(inputs) == 0 or batch_size < 1:
         raise ConfigError(f"expected images in batches, got {len(inputs)} images, {batch_size} a batch")
-    if measure == "features":
-        original, encrypted = headless(original, inputs[:1]), headless(encrypted, inputs[:1])
     distance = squared = norm = 0.0
     with torch.no_grad():
         for batch in torch.split(inputs, batch_size):
             clean, changed = _logits(original, batch), _logits(encrypted, batch)
-            if clean.shape != changed.shape:
-                raise ConfigError(
-                    f"expected {clean.shape[1]} features, got {changed.shape[1]}: confusion channels are "
-                    "among them; compare logits or probabilities"
-                )
-            if measure == "probabilities":
-                clean, changed = clean.softmax(1), changed.softmax(1)
             squares = (changed - clean).square().sum(dim=1)
             distance += squares.sqrt().sum().item()
             squared += squares.sum().item()
@@ -137,32 +116,6 @@ def _logits(network: nn.Module, batch: Tensor) -> Tensor:
             f"{tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}; wrap it in one that does"
         )
     return out.double().flatten(1) if out.ndim > 1 else out.double()[:, None]
-
-
-def headless(network: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of a network that gives what its last linear layer gets; it shares the network's tensors.
-
-    Args:
-        network: In eval mode.
-        example: An input, ``(images, ...)``.
-
-    Raises:
-        ConfigError: Its last linear layer does not make its outputs.
-    """
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name]
-    if layers:
-        copied = replace_tensors(network, named_tensors(network))
-        head = cast(nn.Linear, copied.get_submodule(layers[-1]))
-        copied.set_submodule(layers[-1], nn.Identity())
-        with torch.no_grad():
-            features, outputs = copied(example), network(example)
-            made = head(features) if features.shape[-1] == head.in_features else None
-        if isinstance(outputs, Tensor) and made is not None and same([made], [outputs]):
-            return copied
-    raise ConfigError(
-        f"{type(network).__name__} does not end with a linear layer, so that it has no features to compare; "
-        "compare logits or probabilities"
-    )
 
 
 def gain(response: float, memory: Memory, lam: float) -> float:

@@ -12,9 +12,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from deepenc.encryption.allocation import Patterns, select
 from deepenc.encryption.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.candidates import Candidates
+from deepenc.encryption.candidates import Candidates, Measure
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
-from deepenc.encryption.objective import Measure
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.plugins import build
@@ -48,7 +47,7 @@ class Knapsack(Placement):
     widest: float = Field(1.0, gt=0, le=16)
     """Confusion channels per real channel of a site, at most, while other sites have room."""
     measure: Measure = "logits"
-    """What is compared: the outputs, their softmax, or what the last linear layer gets."""
+    """What is compared: the outputs, or their softmax."""
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 

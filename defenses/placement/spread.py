@@ -10,9 +10,8 @@ from pydantic import Field
 
 from deepenc.encryption.allocation import Patterns, select
 from deepenc.encryption.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.candidates import Candidates, climb
+from deepenc.encryption.candidates import Candidates, Measure, climb
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
-from deepenc.encryption.objective import Measure
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.plugins import build
@@ -41,7 +40,7 @@ class Spread(Placement):
     widest: float = Field(1.0, gt=0, le=16)
     """With ``floor``: confusion channels per real channel of a site, at most."""
     measure: Measure = "logits"
-    """With ``floor``: what is compared, the outputs, their softmax, or what the last linear layer gets."""
+    """With ``floor``: what is compared, the outputs, or their softmax."""
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 
