@@ -86,9 +86,10 @@ def test_the_readme_s_commands_on_any_network(tmp_path: Path) -> None:
             deepenc(*arguments, cwd=tmp_path)
 
 
-def test_the_page_on_networks() -> None:
-    (code,) = blocks("docs/networks.md", "python")
-    exec(compile(code, "docs/networks.md", "exec"), {})
+@pytest.mark.parametrize("page", ["docs/networks.md", "docs/defenses.md", "docs/tuning.md"])
+def test_the_library_calls_of_a_page(page: str) -> None:
+    (code,) = blocks(page, "python")
+    exec(compile(code, page, "exec"), {})
 
 
 def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +108,13 @@ def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("page", "what"),
-    [("docs/attacks.md", "attacks"), ("docs/defenses.md", "weights"), ("docs/defenses.md", "hardenings")],
+    [
+        ("docs/attacks.md", "attacks"),
+        ("docs/defenses.md", "placements"),
+        ("docs/defenses.md", "weights"),
+        ("docs/defenses.md", "hardenings"),
+        ("docs/defenses.md", "defenses"),
+    ],
 )
 def test_the_tables_of_plugins_are_those_of_the_registry(page: str, what: str, tmp_path: Path) -> None:
     table = deepenc("list", what, "--markdown", cwd=tmp_path)

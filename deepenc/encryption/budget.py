@@ -121,6 +121,7 @@ class Ledger:
 
     Attributes:
         limit: The budget, in its unit: bits, parameters, operations, or nanoseconds.
+        total: What the victim takes, in that unit.
         sites: Those sites.
 
     Raises:
@@ -141,8 +142,9 @@ class Ledger:
             if budget.parameters is not None:
                 self._what, self._unit = "parameters", 1
             self._costs = Sizes(original, entries=budget.parameters is not None)
-        self.limit = _limit(budget, self._costs.total)
-        self._check(self._costs.total)
+        self.total = self._costs.total
+        self.limit = _limit(budget, self.total)
+        self._check(self.total)
 
     def _check(self, total: int) -> None:
         what = self._what

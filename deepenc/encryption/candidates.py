@@ -8,18 +8,17 @@ or data in another way is run whole. Nothing is approximated.
 
 from __future__ import annotations
 
-import heapq
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepenc.encryption.budget import Ledger
 from deepenc.encryption.defense import Allocation, Original, Weights
 from deepenc.encryption.inputs import draw
+from deepenc.encryption.measure import Measure, Reader
 from deepenc.encryption.objective import Response
 from deepenc.encryption.replay import Program, State, UnfitError
 from deepenc.encryption.shelter import fill
@@ -27,9 +26,6 @@ from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, fit, narrow, widened
-
-Measure = Literal["logits", "probabilities"]
-"""What Equation 1 compares: the network's outputs, or their softmax."""
 
 
 class Candidates:
@@ -41,7 +37,7 @@ class Candidates:
         layout: What widened them: behind the real channels of each site as many as a candidate may have.
         images: To measure on, ``(images, ...)``, on the network's device; an incomplete last batch is left
             out where there is another.
-        measure: What to compare.
+        measure: What to compare; operators behind it are not run.
         batch_size: Images per forward pass.
         cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
 
@@ -50,7 +46,8 @@ class Candidates:
         batches: The images.
 
     Raises:
-        ConfigError: The network is in training mode, or its outputs are not ``(images, outputs)``.
+        ConfigError: The network is in training mode, or there is nothing to compare: its outputs are no
+            tensor ``(images, ...)``, there is no such layer, or confusion channels are among its outputs.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class Candidates:
         cache: int = 2**30,
     ) -> None:
         self.most: Allocation = {name: len(places) for name, places in layout.positions.items()}
-        self._model, self._wide, self._layout, self._measure = original.model, tensors, layout, measure
+        self._model, self._wide, self._layout = original.model, tensors, layout
         own = named_tensors(original.model)
         changed = {id(own[name]) for name in tensors}
         self._rest = {name: tensor for name, tensor in own.items() if id(tensor) not in changed}
@@ -74,8 +71,9 @@ class Candidates:
                 self._slots[slot.tensor].append((site, layout.widened_slot(slot)))
         whole = max(1, len(images) // batch_size) * batch_size
         self.batches = torch.split(images[:whole], batch_size)  # all of one size
+        self._reader = Reader(original.model, measure, self.batches[0])
         with torch.no_grad():
-            self._clean = [self._measured(self._model, batch) for batch in self.batches]
+            self._clean = [self._reader(self._model, batch) for batch in self.batches]
         self._norm = sum(clean.square().sum().item() for clean in self._clean)
         self._parts: dict[Hashable, Tensor] = {}
         self._base_parts: dict[Hashable, Tensor] = {}
@@ -128,9 +126,12 @@ class Candidates:
             ConfigError: More channels than were filled, or fewer than none.
         """
         self._check(allocation)
+        return fit(self._model, self._tensors(allocation), self._layout_of(allocation))
+
+    def _layout_of(self, allocation: Mapping[str, int]) -> Layout:
         known = {site.name: site.width for site in self._layout.sites}
         places = {name: tuple(range(known[name], known[name] + n)) for name, n in allocation.items()}
-        return fit(self._model, self._tensors(allocation), Layout(self._layout.sites, places))
+        return Layout(self._layout.sites, places)
 
     def _check(self, allocation: Mapping[str, int]) -> None:
         for name, count in allocation.items():
@@ -167,6 +168,7 @@ class Candidates:
         self._check(counts)
         distance = squared = 0.0
         for changed, clean in zip(self._outputs(counts), self._clean, strict=True):
+            self._reader.comparable(clean, changed)
             squares = (changed - clean).square().sum(dim=1)
             distance += squares.sqrt().sum().item()
             squared += squares.sum().item()
@@ -204,42 +206,27 @@ class Candidates:
         half = {name: -(-count // 2) for name, count in self.most.items()}
         try:
             with torch.no_grad():
-                program = Program(self.network, self.most, self.batches[0], touches)
+                program = Program(self.network, self.most, self.batches[0], touches, self._reader.tensor)
                 state = program.run(half, self._tensors(half), self.batches[:1], [])
         except UnfitError:
             return None
         size = sum(r.numel() * r.element_size() for r in _tensors_in(state.results))
         with torch.no_grad():
-            right = self._measured(self.network(half), self.batches[0])
-        same = torch.equal(right, self._final(program.outputs(state)[0]))
+            right = self._reader.tensor(self.network(half), self.batches[0])
+        same = torch.equal(right, program.outputs(state)[0])
         return program if same and size * len(self.batches) <= cache else None
 
     def _outputs(self, counts: dict[str, int]) -> list[Tensor]:
         """What the encrypted network makes of the images, by its operators where that can be done."""
+        layout = self._layout_of(counts)
         with torch.no_grad():
             if self._program is None:
                 network = self.network(counts)
-                return [self._measured(network, batch) for batch in self.batches]
+                return [self._reader(network, batch, layout) for batch in self.batches]
             known = [state for state in (self._last_state, self._base_state) if state is not None]
             state = self._program.run(counts, self._tensors(counts), self.batches, known)
             self._last_state = state
-            return [self._final(out) for out in self._program.outputs(state)]
-
-    def _measured(self, network: nn.Module, batch: Tensor) -> Tensor:
-        if network.training:
-            raise ConfigError("expected a network in eval mode, got one in training mode; call .eval() first")
-        out = network(batch)
-        if not isinstance(out, Tensor) or out.ndim < 2 or len(out) != len(batch):
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ConfigError(
-                f"expected a network that maps {len(batch)} images to a tensor (images, outputs), got {got}; "
-                "wrap it in one that does"
-            )
-        return self._final(out)
-
-    def _final(self, out: Tensor) -> Tensor:
-        values = out.double().flatten(1)
-        return values.softmax(1) if self._measure == "probabilities" else values
+            return [self._reader.values(out, layout) for out in self._program.outputs(state)]
 
 
 def filled(
@@ -279,46 +266,3 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _tensors_in(part)
-
-
-def climb(
-    candidates: Candidates,
-    ledger: Ledger,
-    allocation: Mapping[str, int],
-    step: int = 1,
-    enough: float | None = None,
-) -> Allocation:
-    """Add channels where Equation 1's response rises most for what they cost, one step at a time.
-
-    Gains are evaluated lazily, as in lazy greedy: a site's old gain is taken for a bound, and only the
-    largest is looked at anew. The response is not submodular, so that this is a heuristic.
-
-    Args:
-        candidates: Measures responses (`Response.l2`).
-        ledger: The budget and the sites.
-        allocation: To begin with.
-        step: Channels added at a time; fewer where no more fit.
-        enough: A relative response (`Response.relative`) at which to stop.
-
-    Returns:
-        An allocation within the budget; without ``enough`` one more channel anywhere would exceed it, or
-        what the candidates have.
-    """
-    counts = dict(allocation)
-    now, turn = candidates.settle(counts), 0
-    heap = [(float("-inf"), -1, order) for order in range(len(ledger.sites))]
-    while heap and (enough is None or now.relative < enough):
-        known, seen, order = heapq.heappop(heap)
-        name = ledger.sites[order].name
-        more = ledger.room(counts, name, min(step, candidates.most.get(name, 0) - counts.get(name, 0)))
-        if more < 1:
-            continue
-        wanted = {**counts, name: counts.get(name, 0) + more}
-        if seen == turn:
-            counts, turn = wanted, turn + 1
-            now = candidates.settle(counts)
-            heapq.heappush(heap, (known, seen, order))
-            continue
-        change = (candidates.response(wanted).l2 - now.l2) / ledger.price(counts, name, more)
-        heapq.heappush(heap, (float("inf") if np.isnan(change) else -change, turn, order))
-    return {name: count for name, count in counts.items() if count}

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from deepenc.encryption.measure import Measure, Reader
 from deepenc.encryption.tensors import shared
 from deepenc.errors import ConfigError, SiteError
 from deepenc.network.sites import Site
+from deepenc.network.surgery import Layout
+
+Form = Literal["l2", "relative"]
+"""Which number of a `Response` the gain counts."""
 
 
 @dataclass(frozen=True)
@@ -79,25 +85,37 @@ def memory(tensors: Mapping[str, Tensor], sites: Sequence[Site], allocation: Map
 
 
 def response_change(
-    original: nn.Module, encrypted: nn.Module, inputs: Tensor, batch_size: int = 256
+    original: nn.Module,
+    encrypted: nn.Module,
+    inputs: Tensor,
+    batch_size: int = 256,
+    measure: Measure = "logits",
+    layout: Layout | None = None,
 ) -> Response:
-    """Response change of Equation 1, on logits (E of ‖f(x; θ) − f(x; θ̄)‖₂).
+    """Response change of Equation 1 (E of ‖f(x; θ) − f(x; θ̄)‖₂): on logits, as it is printed, or on features.
 
     Args:
         original: The victim's network, in eval mode.
         encrypted: The encrypted network, in eval mode.
         inputs: The defender's images D, ``(images, ...)``, at least one.
         batch_size: Images per forward pass.
+        measure: What f is: ``logits``, ``probabilities``, ``features`` (what goes into the last Linear), or
+            ``features:NAME`` (what comes out of a layer).
+        layout: Where the victim's channels lie in the encrypted network (of the sites and the key's
+            positions); needed where confusion channels go into the last Linear, which are left out.
 
     Raises:
-        ConfigError: No images, or a network in training mode or without a tensor as output.
+        ConfigError: No images, a network in training mode or without a tensor as output, no such layer, or
+            one that holds confusion channels.
     """
     if len(inputs) == 0 or batch_size < 1:
         raise ConfigError(f"expected images in batches, got {len(inputs)} images, {batch_size} a batch")
+    reader = Reader(original, measure, inputs[:1])
     distance = squared = norm = 0.0
     with torch.no_grad():
         for batch in torch.split(inputs, batch_size):
-            clean, changed = _logits(original, batch), _logits(encrypted, batch)
+            clean, changed = reader(original, batch), reader(encrypted, batch, layout)
+            reader.comparable(clean, changed)
             squares = (changed - clean).square().sum(dim=1)
             distance += squares.sqrt().sum().item()
             squared += squares.sum().item()
@@ -106,24 +124,15 @@ def response_change(
     return Response(distance / n, squared / n, squared / norm if norm else float("inf") if squared else 0.0)
 
 
-def _logits(network: nn.Module, batch: Tensor) -> Tensor:
-    if network.training:
-        raise ConfigError("expected a network in eval mode, got one in training mode; call .eval() first")
-    out = network(batch)
-    if not isinstance(out, Tensor) or out.shape[:1] != batch.shape[:1]:
-        raise ConfigError(
-            f"expected a network that maps {len(batch)} images to a tensor (images, ...), got "
-            f"{tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}; wrap it in one that does"
-        )
-    return out.double().flatten(1) if out.ndim > 1 else out.double()[:, None]
-
-
-def gain(response: float, memory: Memory, lam: float) -> float:
+def gain(response: Response | float, memory: Memory | float, lam: float, form: Form = "l2") -> float:
     """Equation 1: ``G = response − λ · ΔMem / Mem``.
 
     Args:
-        response: `Response.l2`, or another measure of the change.
-        memory: From `memory`.
-        lam: λ, the price of memory, ``>= 0``.
+        response: From `response_change`, or a number: any measure of the change.
+        memory: From `memory`, or ΔMem / Mem itself.
+        lam: λ, the price of memory, ``>= 0``, in the response's unit.
+        form: Which number of a `Response` counts: ``l2`` as it is printed, or ``relative``, whose λ means the
+            same for networks whose outputs are of another size.
     """
-    return response - lam * memory.ratio
+    change = getattr(response, form) if isinstance(response, Response) else response
+    return float(change - lam * (memory.ratio if isinstance(memory, Memory) else memory))

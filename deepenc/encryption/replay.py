@@ -64,6 +64,7 @@ class Program:
         most: The largest counts that will be asked for.
         batch: Inputs, of the size that all batches have.
         touches: Tensor name to the sites whose channels lie in it.
+        read: What is wanted of a network and inputs, in place of its output.
 
     Raises:
         UnfitError: They are not the same for all allocations, write in place, are random, or depend on data.
@@ -75,12 +76,13 @@ class Program:
         most: Mapping[str, int],
         batch: Tensor,
         touches: Mapping[str, Sequence[str]],
+        read: Callable[[nn.Module, Tensor], Tensor],
     ) -> None:
         alone = [name for name, count in most.items() if count]
-        first, self._out = _record(build({}), batch)
+        first, self._out = _record(build({}), batch, read)
         others = []
         for allocation in (*({name: 1} for name in alone), most):
-            calls, out = _record(build(allocation), batch)
+            calls, out = _record(build(allocation), batch, read)
             if out != self._out or [c.op for c in calls] != [c.op for c in first]:
                 raise UnfitError("other operators for other allocations")
             others.append(calls)
@@ -151,7 +153,7 @@ class Program:
         return State(counts, found)
 
     def outputs(self, state: State) -> list[Tensor]:
-        """What the network made of each batch."""
+        """What is wanted of the network for each batch."""
         node, part, _ = self._out
         outs = [results[node] for results in state.results]
         return [out[part] if isinstance(out, tuple | list) else out for out in outs]
@@ -208,14 +210,16 @@ class _Merge:
         return Linear(first, tuple((site, step) for site, step in steps.items() if step))
 
 
-def _record(network: nn.Module, batch: Tensor) -> tuple[list[Call], Ref]:
+def _record(
+    network: nn.Module, batch: Tensor, read: Callable[[nn.Module, Tensor], Tensor]
+) -> tuple[list[Call], Ref]:
     recorder = _Recorder()
     recorder.known[_place(batch)] = Ref()
     for name, tensor in named_tensors(network).items():
         recorder.known.setdefault(_place(tensor), Ref(name=name))
     try:
         with torch.no_grad(), recorder:
-            out = torch.func.functionalize(network)(batch)
+            out = torch.func.functionalize(lambda images: read(network, images))(batch)
     except (RuntimeError, NotImplementedError) as error:
         raise UnfitError(str(error)) from error
     found = recorder.known.get(_place(out)) if isinstance(out, Tensor) else None

@@ -12,8 +12,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from deepenc.encryption.allocation import Patterns, select
 from deepenc.encryption.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.candidates import Candidates, Measure
+from deepenc.encryption.candidates import Candidates
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
+from deepenc.encryption.measure import Measure
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.plugins import build

@@ -8,8 +8,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from deepenc.encryption.ascent import climb
 from deepenc.encryption.budget import Budget, Ledger
-from deepenc.encryption.candidates import Candidates, climb
+from deepenc.encryption.candidates import Candidates
 from deepenc.encryption.defense import Original, Weights
 from deepenc.encryption.objective import Response, response_change
 from deepenc.errors import ConfigError
@@ -32,23 +33,27 @@ def candidates(net: Net, **options: object) -> Candidates:
     return Candidates.of(original, weights, np.random.default_rng(0), most, **options)  # type: ignore[arg-type]
 
 
-def slow(found: Candidates, net: Net, counts: dict[str, int], images: Tensor) -> Response:
+def slow(
+    found: Candidates, net: Net, counts: dict[str, int], images: Tensor, measure: str = "logits"
+) -> Response:
     """The encrypted network with most channels, surplus ones taken out by surgery, and run whole."""
     wide = found.network(found.most)
     widths = {site.name: (site.width + counts[site.name], site.width + MOST) for site in net[2]}
     surplus = {name: tuple(range(*ends)) for name, ends in widths.items()}
     layout = Layout(net[2], {site.name: tuple(range(site.width, site.width + MOST)) for site in net[2]})
     sites = narrow_sites(layout.widened_sites(), {name: gone for name, gone in surplus.items() if gone})
-    return response_change(net[0], remove(wide, Layout(sites, surplus)), images)
+    places = {site.name: tuple(range(site.width, site.width + counts[site.name])) for site in net[2]}
+    encrypted = remove(wide, Layout(sites, surplus))
+    return response_change(net[0], encrypted, images, measure=measure, layout=Layout(net[2], places))
 
 
-def check(net: Net, *, fast: bool) -> None:
-    found = candidates(net, batch_size=4)
+def check(net: Net, *, fast: bool, measure: str = "logits") -> None:
+    found = candidates(net, batch_size=4, measure=measure)
     assert found.fast == fast
     images = torch.cat(list(found.batches))
     rng = np.random.default_rng(1)
     asked = [{s.name: int(rng.integers(0, MOST + 1)) for s in net[2]} for _ in range(4)]
-    wanted = [slow(found, net, counts, images) for counts in asked]
+    wanted = [slow(found, net, counts, images, measure) for counts in asked]
     for counts, want in zip(asked, wanted, strict=True):
         assert_same(found.response(counts), want)
     for got, want in zip(found.responses(asked), wanted, strict=True):
@@ -58,7 +63,7 @@ def check(net: Net, *, fast: bool) -> None:
     marginal = found.marginal(base)
     assert list(marginal) == [site.name for site in net[2][1:]]
     for name, got in marginal.items():
-        assert_same(got, slow(found, net, {**base, name: 2}, images))
+        assert_same(got, slow(found, net, {**base, name: 2}, images, measure))
     assert_same(found.settle({}), Response(0, 0, 0))
 
 
@@ -165,6 +170,35 @@ def test_probabilities(small: Net) -> None:
     assert found.response(counts).l2 == pytest.approx((clean - changed).norm(dim=1).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("measure", ["features", "features:layer2"])
+def test_features_in_a_residual_network(resnet: Net, measure: str) -> None:
+    check(resnet, fast=True, measure=measure)
+    found, whole = candidates(resnet, measure=measure), candidates(resnet)
+    assert found._program is not None and whole._program is not None
+    assert found._program.needed.sum() < whole._program.needed.sum()  # what lies behind is not run
+    last = resnet[2][-1].name
+    assert (found.response({last: 2}).l2 > 0) == (measure == "features")  # no site behind a layer changes it
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_features_leave_confusion_channels_out(small: Net, fast: bool) -> None:
+    """The one site's own channels are what goes into the last Linear: none of the victim's changes."""
+    found = candidates(small, measure="features", cache=2**30 if fast else 1)
+    assert found.fast == fast
+    assert found.response({small[2][0].name: 3}) == Response(0, 0, 0)
+    assert candidates(small, cache=2**30 if fast else 1).response({small[2][0].name: 3}).l2 > 0
+
+
+def test_features_behind_which_data_steer(small: Net) -> None:
+    """Where data decide after the features were made, the network is run whole all the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+        inputs = torch.randn(8, 3)
+    sites = tuple(find_sites(inner, inputs[:1]))
+    check((Data(inner).eval(), inputs, renamed(sites)), fast=False, measure="features")
+
+
 def test_little_memory_is_kept_to(resnet: Net) -> None:
     found = candidates(resnet, cache=1000)
     counts = {site.name: 2 for site in resnet[2]}
@@ -183,6 +217,10 @@ def test_what_cannot_be_asked(small: Net) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             Candidates.of(Original(model, sites, inputs, data), weights, np.random.default_rng(0), most)
+    with pytest.raises(ConfigError, match="no layer 'norm'"):
+        candidates(small, measure="features:norm")
+    with pytest.raises(ConfigError, match="name a layer behind the site"):
+        candidates(small, measure="features:1").response({"0": 1})
     with pytest.raises(ConfigError, match="eval"):
         candidates((model.train(), inputs, sites))
     model.eval()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.encryption.encrypt import encrypt
-from deepenc.encryption.objective import Memory, gain, memory, response_change
+from deepenc.encryption.objective import Memory, Response, gain, memory, response_change
 from deepenc.errors import ConfigError, SiteError
 from deepenc.network.sites import Site
 
@@ -104,3 +104,7 @@ def test_what_has_no_response_is_refused() -> None:
 
 def test_gain_by_hand() -> None:
     assert gain(7.5, Memory(1000, 50), lam=20.0) == pytest.approx(6.5)
+    assert gain(7.5, 0.05, lam=20.0) == pytest.approx(6.5)
+    change = Response(l2=7.5, squared=62.5, relative=12.5)
+    assert gain(change, Memory(1000, 50), lam=20.0) == pytest.approx(6.5)
+    assert gain(change, Memory(1000, 50), lam=20.0, form="relative") == pytest.approx(11.5)
