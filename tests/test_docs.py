@@ -86,9 +86,10 @@ def test_the_readme_s_commands_on_any_network(tmp_path: Path) -> None:
             deepenc(*arguments, cwd=tmp_path)
 
 
-def test_the_page_on_networks() -> None:
-    (code,) = blocks("docs/networks.md", "python")
-    exec(compile(code, "docs/networks.md", "exec"), {})
+@pytest.mark.parametrize("page", ["docs/networks.md", "docs/defenses.md"])
+def test_the_library_calls_of_the_pages(page: str) -> None:
+    (code,) = blocks(page, "python")
+    exec(compile(code, page, "exec"), {})
 
 
 def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

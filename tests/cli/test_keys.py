@@ -158,7 +158,7 @@ def test_rotation_writes_nothing_over_what_it_reads(run: Run) -> None:
 
 def test_rotation_imports_no_function_that_a_header_names(run: Run) -> None:
     named = {"name": "network", "factory": "os:system"}
-    for header in (named, {"name": "downstream", "base": named}):
+    for header in (named, {"name": "downstream", "base": named}, {"name": "folded", "base": named}):
         with pytest.raises(ConfigError, match=r"'os:system'.*--victim"):
             rotation._victim(None, header)
     with pytest.raises(Exception, match="--victim"):
