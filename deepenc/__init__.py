@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepenc.encryption.objective import gain, memory, response_change
     from deepenc.errors import DeepencError
     from deepenc.network.find import find_sites
+    from deepenc.network.folding import fold
     from deepenc.network.sites import Role, Site, Slot
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "deepenc.encryption.objective": ("gain", "memory", "response_change"),
     "deepenc.errors": ("DeepencError",),
     "deepenc.network.find": ("find_sites",),
+    "deepenc.network.folding": ("fold",),
     "deepenc.network.sites": ("Role", "Site", "Slot"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -48,6 +50,7 @@ __all__ = [
     "decrypt",
     "encrypt",
     "find_sites",
+    "fold",
     "gain",
     "load",
     "load_key",

@@ -88,8 +88,10 @@ def test_the_readme_s_commands_on_any_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["docs/networks.md", "docs/defenses.md", "docs/tuning.md"])
 def test_the_library_calls_of_a_page(page: str) -> None:
-    (code,) = blocks(page, "python")
-    exec(compile(code, page, "exec"), {})
+    found = blocks(page, "python")
+    assert found
+    for code in found:
+        exec(compile(code, page, "exec"), {})
 
 
 def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,8 @@ def build_case(
         slot.tensor: slot.role for site in sites for slot in site.slots if key.positions.get(site.name)
     }
     network = meter.watch(fresh(encryption, device))
-    blank = Blank(victim.model, named_tensors(network), widened, meter) if threat.architecture else None
+    plain = victim.model if victim.plain is None else victim.plain
+    blank = Blank(plain, named_tensors(network), widened, meter) if threat.architecture else None
     return Case(
         encrypted=network,
         sites=sites,
@@ -258,7 +259,7 @@ class Blank:
     they carry confusion channels: their order would tell the key, so that scales become 1, the rest 0.
 
     Args:
-        model: The victim's network; only its structure is kept.
+        model: The victim's network, as it is trained; only its structure is kept.
         tensors: The encrypted network's tensors, for the constants.
         widened: Role of every tensor that carries confusion channels.
         meter: Watches the networks made.

@@ -112,17 +112,19 @@ def _victim(victim: str | None, saved: Mapping[str, Any] | None) -> VictimSource
         ConfigError: The header names none, or one that would import code: a header is not trusted so far.
     """
     from deepenc.network.factory import OWN
-    from deepenc.plugins import build
+    from deepenc.plugins import build, parts_of
+    from deepenc.victims.victim import VictimSource
 
     if victim is not None:
         return source_named(victim)
     if saved is None:
         raise ConfigError("the folder does not say which victim it was made from; give it with --victim")
     found: VictimSource = build("victim", saved)
-    factory = found.structure()
-    if factory is not None and factory.library == "python" and factory.name not in OWN:
-        raise ConfigError(
-            f"the folder names the function {factory.name!r} as maker of its victim; if you trust it, give "
-            "it with --victim"
-        )
+    for part in parts_of(found):  # a victim may be made of another one
+        factory = part.structure() if isinstance(part, VictimSource) else None
+        if factory is not None and factory.library == "python" and factory.name not in OWN:
+            raise ConfigError(
+                f"the folder names the function {factory.name!r} as maker of its victim; if you trust it, "
+                "give it with --victim"
+            )
     return found

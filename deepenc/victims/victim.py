@@ -44,6 +44,9 @@ class Victim:
         fingerprint: Identifies the weights and the data (SHA-256, hex).
         public: The public network that the model was fine-tuned from, in eval mode, on the CPU; None where
             there is none.
+        plain: A network of the structure in which the model is trained, where it is given away in another
+            (folded); None where it is the model's own. Only the structure counts: it is what somebody
+            starts from who steals nothing.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Victim:
     judge: Images
     fingerprint: str
     public: nn.Module | None = None
+    plain: nn.Module | None = None
 
     @property
     def example(self) -> Tensor:

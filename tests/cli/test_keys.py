@@ -26,6 +26,7 @@ from typer.testing import CliRunner, Result
 from deepenc import plugins
 from deepenc.cli import _Commands, inspection, networks, rotation
 from deepenc.encryption.key import save_key
+from deepenc.errors import ConfigError
 from deepenc.victims.victim import Victim, VictimSource
 
 Run = Callable[..., Result]
@@ -156,8 +157,10 @@ def test_rotation_writes_nothing_over_what_it_reads(run: Run) -> None:
 
 
 def test_rotation_imports_no_function_that_a_header_names(run: Run) -> None:
-    with pytest.raises(Exception, match="--victim"):
-        rotation._victim(None, {"name": "network", "factory": "os:system"})
+    named = {"name": "network", "factory": "os:system"}
+    for header in (named, {"name": "downstream", "base": named}, {"name": "folded", "base": named}):
+        with pytest.raises(ConfigError, match=r"'os:system'.*--victim"):
+            rotation._victim(None, header)
     with pytest.raises(Exception, match="--victim"):
         rotation._victim(None, None)
 
