@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from deepenc.encryption.costs import MILLISECOND, Costs, Sizes, flops, latency
+from deepenc.encryption.costs import Costs, Sizes, flops
 from deepenc.encryption.defense import Allocation, Original
+from deepenc.encryption.latency import MILLISECOND, latency
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 
@@ -67,8 +68,9 @@ class Budget(BaseModel):
     """Floating-point operations added for one input, as torch counts them (a multiplication and an addition
     are two); or a share of the victim's, as ``5%``."""
     latency: Amount | None = None
-    """Milliseconds added for one input, on the device of the network; or a share, as ``5%``. Measured, on a
-    sample of widened networks, each time anew: noisy, and true of this machine alone."""
+    """Milliseconds added for one input, on the device of the network; or a share, as ``5%``. Measured on a
+    sample of widened networks, each time anew (see `deepenc.encryption.latency`): noisy, and true of this
+    machine alone."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,32 +1,25 @@
-"""What allocations cost: in memory, in operations, and in time."""
+"""What allocations cost: in memory, and in operations."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepenc.encryption.defense import Original
 from deepenc.encryption.tensors import shared, tensors_of
 from deepenc.errors import ConfigError, SiteError
-from deepenc.network.graph import call
+from deepenc.network.graph import call, to_device
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import Layout, insert
-
-MILLISECOND = 10**6
-"""In nanoseconds."""
-REPEATS = 7
-"""Times that a network is timed; the median counts."""
-STEP = 0.25
-"""Part of its width by which a site is widened to see what that takes."""
 
 
 class Costs(Protocol):
@@ -119,19 +112,27 @@ class Quadratic:
     ) -> None:
         self.total, self._single = total, dict(single)
         self._pairs = {names: value for names, value in (pairs or {}).items() if value}
+        self._own: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
+        for names, value in self._pairs.items():
+            for name in names:
+                self._own[name][names] = value
 
     def cost(self, allocation: Mapping[str, int]) -> int:
         """See `Costs.cost`."""
         alone = sum(self._single[name] * count for name, count in allocation.items())
-        return alone + sum(
-            value * self._met(allocation.get(a, 0), allocation.get(b, 0), a == b)
-            for (a, b), value in self._pairs.items()
-        )
+        return alone + self._together(allocation, self._pairs)
 
     def price(self, allocation: Mapping[str, int], site: str, count: int) -> int:
         """See `Costs.price`."""
         more = {**allocation, site: allocation.get(site, 0) + count}
-        return self.cost(more) - self.cost(allocation)
+        pairs = self._own.get(site, {})
+        return self._single[site] * count + self._together(more, pairs) - self._together(allocation, pairs)
+
+    def _together(self, allocation: Mapping[str, int], pairs: Mapping[tuple[str, str], int]) -> int:
+        return sum(
+            value * self._met(allocation.get(a, 0), allocation.get(b, 0), a == b)
+            for (a, b), value in pairs.items()
+        )
 
     @staticmethod
     def _met(first: int, second: int, same: bool) -> int:
@@ -141,91 +142,61 @@ class Quadratic:
 def flops(original: Original) -> Quadratic:
     """Floating-point operations of one input, counted by torch on the meta device; exact where it counts.
 
-    Convolutions, matrix products and attention count, element by element operations do not.
+    Convolutions, matrix products and attention count, element by element operations do not. That the
+    counts add up is checked on a network widened at every site.
 
     Args:
         original: The victim.
 
     Raises:
-        ConfigError: The network cannot be run on the meta device.
+        ConfigError: The network cannot be run on the meta device, or its operations are no sum over pairs.
     """
-    example, images = _meta(original.example)
+    example, images = to_device(original.example, "meta"), images_of(original.example)
     tensors = {name: tensor.to("meta") for name, tensor in named_tensors(original.model).items()}
     bare = replace_tensors(original.model, tensors)
 
     def counted(allocation: Mapping[str, int]) -> int:
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            call(_widened(bare, original.sites, allocation), example)
+            call(widened_by(bare, original.sites, allocation), example)
         return int(counter.get_total_flops()) // images
 
+    kind, names = type(original.model).__name__, sorted(site.name for site in original.sites)
     try:
         total = counted({})
-        single = {site.name: counted({site.name: 1}) - total for site in original.sites}
-        pairs = {}
-        for a, b in _meeting(original.sites):
-            both = counted({a: 2} if a == b else {a: 1, b: 1})
-            pairs[a, b] = both - total - single[a] - single[b]
+        single = {name: counted({name: 1}) - total for name in names}
+        everywhere = {name: 3 + order % 3 for order, name in enumerate(names)}
+        wanted = counted(everywhere) - total
+        for meeting in (_meeting(original.sites), combinations_with_replacement(names, 2)):
+            pairs = {}
+            for a, b in meeting:
+                both = counted({a: 2} if a == b else {a: 1, b: 1})
+                pairs[a, b] = both - total - single[a] - single[b]
+            costs = Quadratic(total, single, pairs)
+            if costs.cost(everywhere) == wanted:
+                # Nothing is free, or its sites would get channels without end.
+                return Quadratic(total, {name: max(1, each) for name, each in single.items()}, pairs)
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(
-            f"the operations of {type(original.model).__name__} cannot be counted: {error}; give the budget "
-            "in memory or parameters"
+            f"the operations of {kind} cannot be counted: {error}; give the budget in memory or parameters"
         ) from error
-    return Quadratic(total, single, pairs)
+    raise ConfigError(
+        f"the operations of {kind} are no sum over channels and pairs of channels; give the budget in memory "
+        "or parameters"
+    )
 
 
-def latency(original: Original, timed: Callable[[nn.Module, Any], int] | None = None) -> Quadratic:
-    """Nanoseconds of one input: each site's from a network that is widened there alone; pairs cost nothing.
-
-    Args:
-        original: The victim.
-        timed: Nanoseconds that a network takes for an example; default: the median of some runs.
-    """
-    timed = timed or _timed
-    images = max(1, _meta(original.example)[1])
-    total = timed(original.model, original.example)
-    single = {}
-    for site in original.sites:
-        more = max(1, int(STEP * site.width))
-        slower = timed(_widened(original.model, original.sites, {site.name: more}), original.example)
-        # Noise must not make a channel free, or pay for others.
-        single[site.name] = max(1, (slower - total) // (more * images))
-    return Quadratic(total // images, single)
-
-
-def _timed(network: nn.Module, example: Any) -> int:
-    device = next((t.device for t in named_tensors(network).values()), torch.device("cpu"))
-    taken = []
-    for _ in range(REPEATS + 1):  # the first is slower
-        started = time.perf_counter_ns()
-        with torch.no_grad():
-            call(network, example)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter_ns() - started)
-    return int(statistics.median(taken[1:]))
-
-
-def _widened(model: nn.Module, sites: Sequence[Site], allocation: Mapping[str, int]) -> nn.Module:
+def widened_by(model: nn.Module, sites: Sequence[Site], allocation: Mapping[str, int]) -> nn.Module:
+    """The network with zero-filled channels behind the real ones."""
     widths = {site.name: site.width for site in sites}
     places = {name: tuple(range(widths[name], widths[name] + n)) for name, n in allocation.items()}
     return insert(model, Layout(sites, places))
 
 
-def _meta(example: Any) -> tuple[Any, int]:
-    """An example without values, and the number of inputs in it."""
-    tensors: list[Tensor] = []
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            return value.to("meta")
-        if isinstance(value, Mapping):
-            return {key: moved(part) for key, part in value.items()}
-        return type(value)(map(moved, value)) if type(value) in (tuple, list) else value
-
-    made = moved(example)
-    return made, max(1, len(tensors[0]) if tensors and tensors[0].ndim else 1)
+def images_of(example: Any) -> int:
+    """The number of inputs in an example."""
+    first = next((leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)), None)
+    return max(1, len(first)) if first is not None and first.ndim else 1
 
 
 def _meeting(sites: Sequence[Site]) -> list[tuple[str, str]]:

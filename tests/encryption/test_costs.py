@@ -1,4 +1,4 @@
-"""Costs in operations and time, against counts by hand, whole networks, and a clock that the test made."""
+"""Costs in operations, against counts by hand and of whole networks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepenc.encryption.budget import Budget, Ledger
-from deepenc.encryption.costs import Quadratic, flops, latency
+from deepenc.encryption.costs import Quadratic, flops
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
 from deepenc.network.find import find_sites
+from deepenc.network.graph import Arguments
+from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout, insert
 from deepenc.victims.models import CifarResNet
 
@@ -54,25 +56,61 @@ def test_operations_of_whole_networks() -> None:
         assert costs.total + costs.cost(counts) == counter.get_total_flops()
 
 
-def test_time_by_a_clock_that_counts_parameters(plain: Original) -> None:
-    def timed(network: nn.Module, example: object) -> int:
-        return 1000 * sum(p.numel() for p in network.parameters())
+class Gram(nn.Module):
+    """Channels are multiplied with one another, and meet in no weight."""
 
-    costs = latency(plain, timed)
-    assert costs.total == timed(plain.model, plain.example) // 2
-    assert costs.price({}, "0", 1) == 1000 * (27 + 1 + 16) // 2
-    assert costs.price({"0": 5}, "2", 2) == 2 * (1000 * (32 + 1 + 45) // 2)
+    def __init__(self) -> None:
+        super().__init__()
+        self.make = nn.Linear(3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.make(x)
+        return (rows.transpose(1, 2) @ rows).sum((1, 2))
 
 
-def test_noise_makes_nothing_free(plain: Original) -> None:
-    times = iter([1000, 900, 950])
-    costs = latency(plain, lambda network, example: next(times))
-    assert costs.price({}, "0", 1) == costs.price({}, "2", 1) == 1
+def test_operations_where_channels_meet_in_no_weight() -> None:
+    slots = (Slot("make.weight", 0, Role.INCOMING), Slot("make.bias", 0, Role.BIAS))
+    costs = flops(Original(Gram().eval(), (Site("make", 6, slots),), torch.randn(2, 5, 3)))
+    for count in (1, 2, 7):
+        width = 6 + count
+        assert costs.total + costs.cost({"make": count}) == 2 * (5 * 3 * width + width * 5 * width)
+
+
+class Cube(Gram):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.make(x)
+        gram = rows.transpose(1, 2) @ rows
+        return (gram @ gram).sum((1, 2))
+
+
+def test_operations_that_are_no_sum_over_pairs() -> None:
+    slots = (Slot("make.weight", 0, Role.INCOMING), Slot("make.bias", 0, Role.BIAS))
+    with pytest.raises(ConfigError, match=r"Cube are no sum over.*give the budget in memory"):
+        flops(Original(Cube().eval(), (Site("make", 6, slots),), torch.randn(2, 5, 3)))
+
+
+class Looks(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_operations_of_networks_that_look_at_values(plain: Original) -> None:
+    model = Looks(*plain.model)  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="Looks cannot be counted"):
+        flops(Original(model.eval(), plain.sites, plain.example))
+
+
+def test_examples_of_several_arguments(plain: Original) -> None:
+    alone = flops(plain)
+    for example in ((plain.example,), {"input": plain.example}, Arguments((plain.example,), {})):
+        assert flops(Original(plain.model, plain.sites, example)).total == alone.total
 
 
 def test_pairs_by_hand() -> None:
     costs = Quadratic(100, {"a": 5, "b": 7}, {("a", "b"): 2, ("a", "a"): 10})
     assert costs.cost({"a": 3, "b": 4}) == 3 * 5 + 4 * 7 + 12 * 2 + 3 * 10
+    assert costs.price({"a": 3, "b": 4}, "a", 2) == 2 * 5 + 8 * 2 + (10 - 3) * 10
+    assert costs.price({"a": 3, "b": 4}, "b", -1) == -7 - 3 * 2
 
 
 @pytest.mark.parametrize("budget", [{"flops": "50%"}, {"flops": 5000.0}])
