@@ -107,7 +107,7 @@ class Reader:
         """
         if clean.shape != changed.shape:
             layer = f"what is measured at layer {self._path!r}" if self._inside else "the outputs"
-            remedy = "give the layout of the key" if self._weights else "name a layer behind the site"
+            remedy = "give key.layout()" if self._weights else "name a layer behind the site"
             raise ConfigError(
                 f"expected {layer} to be as many values as the victim's {clean.shape[1]}, got "
                 f"{changed.shape[1]}: confusion channels are among them; {remedy}"

@@ -101,8 +101,8 @@ def response_change(
         batch_size: Images per forward pass.
         measure: What f is: ``logits``, ``probabilities``, ``features`` (what goes into the last Linear), or
             ``features:NAME`` (what comes out of a layer).
-        layout: Where the victim's channels lie in the encrypted network (of the sites and the key's
-            positions); needed where confusion channels go into the last Linear, which are left out.
+        layout: Where the victim's channels lie in the encrypted network (``key.layout()``); needed where
+            confusion channels go into the last Linear, which are left out.
 
     Raises:
         ConfigError: No images, a network in training mode or without a tensor as output, no such layer, or

@@ -87,7 +87,8 @@ class Gradient(Placement):
             counts[name] -= 1
 
         def cut_off(site: Site, count: int, price: int) -> float:
-            return (due.get(site.name, 0.0) - count) / price
+            left = due.get(site.name, 0.0) - count
+            return left / price if left > 0 else left * price  # both fall with the price
 
         return grow(ledger, counts, cut_off)
 

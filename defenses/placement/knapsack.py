@@ -48,7 +48,7 @@ class Knapsack(Placement):
     widest: float = Field(1.0, gt=0, le=16)
     """Confusion channels per real channel of a site, at most, while other sites have room."""
     measure: Measure = "logits"
-    """What is compared: the outputs, or their softmax."""
+    """What is compared: ``logits``, ``probabilities``, ``features``, or ``features:NAME`` of a layer."""
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 

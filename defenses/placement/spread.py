@@ -42,7 +42,7 @@ class Spread(Placement):
     widest: float = Field(1.0, gt=0, le=16)
     """With ``floor``: confusion channels per real channel of a site, at most."""
     measure: Measure = "logits"
-    """With ``floor``: what is compared, the outputs, or their softmax."""
+    """With ``floor``: ``logits``, ``probabilities``, ``features``, or ``features:NAME`` of a layer."""
     sites: Patterns = ("*",)
     """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
 

@@ -60,6 +60,18 @@ def test_beats_the_same_memory_placed_evenly(tiny: Original) -> None:
         assert fresh.response(found).l2 > fresh.response({s.name: even for s in tiny.sites}).l2
 
 
+def test_features_that_the_last_site_does_not_change(tiny: Original) -> None:
+    """Its own channels go into the last Linear; what is left of the budget goes there, and no more."""
+    greedy = Greedy.model_validate({"budget": "2%", "measure": "features"})
+    found, ledger = greedy.place(tiny, np.random.default_rng(0)), Ledger(tiny, greedy.budget)
+    *before, last = (site.name for site in tiny.sites)
+    spent = {name: found.get(name, 0) for name in before}
+    assert found.get(last, 0) == ledger.room(spent, last)
+    most = {site.name: ledger.room({}, site.name) for site in tiny.sites}
+    same = Candidates.of(tiny, greedy.weights, np.random.default_rng(0), most, measure="features")
+    assert same.response({last: 1}).l2 == 0 < same.response({before[0]: 1}).l2
+
+
 def test_only_the_sites_asked_for(tiny: Original) -> None:
     name = tiny.sites[1].name
     assert set(Greedy(sites=(name,), budget=Greedy().budget).place(tiny, np.random.default_rng(0))) == {name}
@@ -79,6 +91,7 @@ def test_what_cannot_be_meant(planted: Net) -> None:
         {"images": 1},
         {"widest": 0},
         {"measure": "l3"},
+        {"measure": "features:"},
     ):
         with pytest.raises(ValidationError):
             Greedy.model_validate(wrong)

@@ -109,8 +109,8 @@ def test_features_in_which_confusion_channels_lie(net: Net) -> None:
         return
     defense = {"base": "paper-init", "name": "t", "placement": "absolute:count=2"}
     encrypted, key = encrypt(model, inputs, defense, seed=0, sites=sites)
-    layout = Layout(sites, key.positions)
-    with pytest.raises(ConfigError, match=r"confusion channels are among them; give the layout"):
+    layout = key.layout()
+    with pytest.raises(ConfigError, match=r"confusion channels are among them; give key.layout"):
         response_change(model, encrypted, inputs, measure="features")
     # One site: its real channels are what they were, wherever the confusion channels stand.
     assert response_change(model, encrypted, inputs, measure="features", layout=layout).l2 == 0
