@@ -90,7 +90,20 @@ def absorb(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> None:
     """
     mean, variance = _exact(norm.running_mean, 0.0), _exact(norm.running_var, 1.0)
     scale = _exact(norm.weight, 1.0) / (variance + norm.eps).sqrt()
-    shift = _exact(norm.bias, 0.0) + scale * (_exact(layer.bias, 0.0) - mean)
+    shift = _exact(norm.bias, 0.0) - scale * mean
+    rescale(layer, scale, shift)
+
+
+def rescale(layer: _ConvNd | nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    """Multiply a layer's outputs by numbers, and add others, in place; computed in float64.
+
+    Args:
+        layer: A convolution of any kind or a linear layer; gets a bias if it has none.
+        scale: ``(outputs,)``.
+        shift: ``(outputs,)``.
+    """
+    scale, shift = _exact(scale, 1.0), _exact(shift, 0.0)
+    bias = scale * _exact(layer.bias, 0.0) + shift
     weight = _exact(layer.weight, 1.0)
     if isinstance(layer, _ConvNd) and layer.transposed:  # (inputs, outputs of a group, ...), group by group
         blocks = weight.reshape(layer.groups, -1, *weight.shape[1:]).flatten(3)
@@ -99,7 +112,7 @@ def absorb(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> None:
         weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     with torch.no_grad():
         layer.weight.copy_(weight)
-    layer.bias = nn.Parameter(shift.to(layer.weight), requires_grad=layer.weight.requires_grad)
+    layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
 
 
 def _exact(tensor: Tensor | None, instead: float) -> Tensor:
@@ -112,6 +125,8 @@ def _exact(tensor: Tensor | None, instead: float) -> Tensor:
 def _run(network: nn.Module, example: Any, remedy: str) -> Run:
     try:
         return Run.of(network, example)
+    except TraceError:
+        raise
     except Exception as error:
         told = (str(error).strip().splitlines() or ["no message"])[0]
         raise TraceError(

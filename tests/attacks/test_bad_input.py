@@ -19,6 +19,7 @@ from deepenc.victims.victim import Images
 QUICK = {
     "finetune": {"epochs": 1},
     "scratch": {"steps": 2},
+    "renormalise": {"steps": 2},
     "chain": {"stages": ["norms", {"name": "finetune", "epochs": 1}]},
     "tuned": {"of": {"name": "finetune", "epochs": 1}, "trials": 2},
     "replace-block": {"steps": 2, "warm": 1},
