@@ -33,10 +33,10 @@ class Ablation(Attack):
 
     mode: Literal["single", "greedy"] = "single"
     """Measure once, or again after every removal."""
-    objective: Literal["loss", "entropy", "statistics"] = "statistics"
+    objective: Literal["loss", "entropy", "statistics", "size"] = "statistics"
     """What shall fall: cross-entropy on labels; the entropy of predictions less that of their mean, so that
     to answer one class with confidence is no good; the distance of BatchNorm's inputs from its stored
-    statistics."""
+    statistics; the logarithm of the outputs' size, which without BatchNorm nothing keeps from growing."""
     images: int = Field(64, ge=2)
     """Images to measure on, labelled ones for the loss."""
     per_round: int = Field(1, ge=1)
@@ -94,6 +94,8 @@ class Ablation(Attack):
                 logits = network(inputs).double()
             if self.objective == "loss":
                 return float(F.cross_entropy(logits, labels))
+            if self.objective == "size":
+                return float(logits.abs().mean().log())
             return -float(information(logits))
 
         return value

@@ -51,6 +51,23 @@ def test_the_loss_falls_by_what_it_falls_by(plant):
         assert float(scores["conv2"][channel]) == pytest.approx(fall, abs=1e-4)
 
 
+def test_the_size_falls_by_what_it_falls_by_and_finds_what_lets_outputs_grow(plant):
+    planted = plant(ruinous, unlabelled=16, positions={"conv2": (2,)})
+    case = planted.case
+    scores = Ablation(objective="size", images=16).attack(case).scores
+
+    def size(network):
+        return network(case.unlabelled).detach().abs().mean()
+
+    for channel in (0, 2, 7):
+        network = copy.deepcopy(case.encrypted)
+        with torch.no_grad():
+            network.linear.weight[:, 4 * channel : 4 * channel + 4] = 0
+        ratio = size(case.encrypted) / size(network)
+        assert float(scores["conv2"][channel]) == pytest.approx(float(ratio.log()), abs=1e-4)
+    assert planted.auc(scores)["conv2"] == 1.0
+
+
 @pytest.mark.parametrize("recalibrate", [False, True])
 def test_greedy_finds_harm_that_hides_harm(plant, recalibrate):
     planted = plant(ruinous, labelled=64)
@@ -71,7 +88,7 @@ def test_greedy_ranks_by_the_order_of_removal(plant):
     assert planted.case.meter.samples == 32 * (first + second)
 
 
-@pytest.mark.parametrize("objective", ["entropy", "statistics"])
+@pytest.mark.parametrize("objective", ["entropy", "statistics", "size"])
 def test_unlabelled_objectives_are_scored(plant, objective):
     case = plant(unlabelled=8).case
     attack = Ablation(objective=objective, images=8)
@@ -95,7 +112,7 @@ def test_ranked_by_hand():
     assert ranked(torch.tensor([0.5, 9.0, -1.0, 2.0]), [2, 0]).tolist() == [10, 9, 11, 2]
 
 
-@pytest.mark.parametrize("objective", ["loss", "entropy", "statistics"])
+@pytest.mark.parametrize("objective", ["loss", "entropy", "statistics", "size"])
 def test_alike_channels_are_not_told_apart(objective):
     defense = Defense(name="alike", placement=PlantedPlacement(count=24), weights=Alike())
     encryption = Encryption.of(random_subject(64), defense, bytes(32))
