@@ -21,6 +21,10 @@ class Renormalise(TrainedAttack):
     layer as no trained network's do. Then everything is trained as `finetune` does, at a small learning rate.
     At the end the new layers are folded back: the claimed network is as the encrypted one is, but for biases
     of convolutions that had none. Where every convolution has its BatchNorm, it is `finetune`.
+
+    It bears the learning rate 0.01, at which `finetune` diverges on a folded network, but is not the stronger
+    of the two: on the unprotected folded ResNet-20 (500 labels, 80 steps, 3 keys) it gets 87.4 %, `finetune`
+    at 0.001 90.7 %. Confusion weights optimised for damage leave it 16.9 %, less than scratch.
     """
 
     name: ClassVar[str] = "renormalise"
