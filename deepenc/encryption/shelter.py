@@ -73,11 +73,13 @@ def shelter(
         release: Fingerprint of the last release, whose numbers are not drawn again; empty for the first.
 
     Raises:
+        ConfigError: The defense withholds tensors before the step that later releases start from.
         PluginError: A plugin of the defense broke its interface.
         SiteError: The network is not that of the sites.
     """
     layout = Layout(original.sites, positions)
     arranged = _arranged(original, arrangement)
+    _last_following(defense, arranged)
     victim = tensors_of(arranged.model, original.sites)
     if strangers := sorted(set(layout.changed()) - set(victim)):
         raise SiteError(f"the network lacks the sites' tensors {strangers[:5]}; are they another network's?")
@@ -105,6 +107,7 @@ def follow(
         secret: 32 bytes.
 
     Raises:
+        ConfigError: The defense withholds tensors before the step that later releases start from.
         KeyFileError: The key is not that of the earlier release.
         PluginError: A plugin of the defense broke its interface.
         SiteError: The victim is not of the earlier release's architecture.
@@ -125,12 +128,28 @@ def follow(
         )
     network = fit(arranged.model, tensors, layout)
     before = old | _true_tensors(key, old)
-    last = max(number for number, step in enumerate(defense.hardening) if step.follows)
+    last = _last_following(defense, arranged)
     step = defense.hardening[last]
     step.follow(network, layout, before, arranged, derive_rng(secret, f"following {last} {release}"))
     _check_hardened(step, network, layout, victim, set())
     withheld = _harden(network, layout, arranged, defense.hardening, secret, release, first=last + 1)
     return network, _key(network, original, key.positions, key.arrangement, withheld)
+
+
+def _last_following(defense: Defense, arranged: Original) -> int:
+    """The number of the last step that follows an earlier release, -1 where none does.
+
+    Steps before it are not taken again: a later release would show what one of them withheld.
+    """
+    last = max((number for number, step in enumerate(defense.hardening) if step.follows), default=-1)
+    for step in defense.hardening[: max(last, 0)]:
+        if step.withholds(arranged):
+            follower = defense.hardening[last].name
+            raise ConfigError(
+                f"hardening {step.name!r} stands before {follower!r}, and the next release would carry what "
+                f"it withholds; put {step.name!r} behind {follower!r}"
+            )
+    return last
 
 
 def _true_tensors(key: Key, released: Mapping[str, Tensor]) -> dict[str, Tensor]:

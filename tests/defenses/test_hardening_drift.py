@@ -100,3 +100,17 @@ def test_only_a_defense_that_follows_can() -> None:
     other, _ = encrypt(model, example, host_defense(), seed=1, sites=subject.sites)
     with pytest.raises(KeyFileError):
         reshelter(model, key, drifting, example=example, previous=other)
+
+
+def test_what_was_withheld_before_it_would_be_released_later() -> None:
+    subject = tiny_subject()
+    model, example, data = subject.victim.model, subject.victim.example, subject.victim.defender.inputs
+    right, wrong = (
+        Defense(name="t", placement=TwoEach(), weights=Noise(), hardening=steps)
+        for steps in ((Drift(), Withhold()), (Withhold(), Drift()))
+    )
+    with pytest.raises(ConfigError, match="put 'withhold' behind 'drift'"):
+        encrypt(model, example, wrong, seed=0, sites=subject.sites, data=data)
+    first, key = encrypt(model, example, right, seed=0, sites=subject.sites, data=data)
+    with pytest.raises(ConfigError, match="put 'withhold' behind 'drift'"):
+        reshelter(model, key, wrong, example=example, previous=first, seed=1, data=data)
