@@ -4,7 +4,8 @@ From an allocation with some channels at every site, the response with one more 
 sites. The slow path copies the victim, encrypts the copy, and runs both whole on the same images, as
 `response_change` does. The fast path draws confusion channels once (its preparation is given apart) and runs
 what changes. Random weights; CPU seconds of this process. The error is that of the fast response on the
-encrypted network that it stands for.
+encrypted network that it stands for. The share is that of an encrypted network's multiplications which a
+candidate runs again, as all behind a changed site must be; the slow path runs all of them, and the victim's.
 
     python benchmarks/gain.py [--networks resnet20 resnet18 vit_b_16 vit_b_16_mlp] [--images 32] [--sites 8]
 """
@@ -23,6 +24,7 @@ import torchvision
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepenc.encryption.candidates import Candidates
 from deepenc.encryption.defense import Original
@@ -83,11 +85,18 @@ def measured(name: str, images: int, number: int) -> Sequence[str]:
     started = time.process_time()
     responses = found.responses(asked)
     fast = time.process_time() - started
+    found.settle(base)
+    with FlopCounterMode(display=False) as again:
+        found.responses(asked)
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        found.network(base)(inputs[:images])
+    share = again.get_total_flops() / (len(asked) * whole.get_total_flops())
 
     same = response_change(model, found.network(asked[-1]), torch.cat(list(found.batches)))
     error = abs(responses[-1].l2 / same.l2 - 1)
     rates = f"{len(asked) / slow:.2f}", f"{len(asked) / fast:.2f}", f"{slow / fast:.1f}"
-    return name, str(len(sites)), "yes" if found.fast else "no", *rates, f"{prepared:.1f}", f"{error:.0e}"
+    how = "yes" if found.fast else "no"
+    return name, str(len(sites)), how, *rates, f"{share:.2f}", f"{prepared:.1f}", f"{error:.0e}"
 
 
 def main() -> None:
@@ -105,13 +114,14 @@ def main() -> None:
         "slow 1/s",
         "fast 1/s",
         "ratio",
+        "share",
         "prepared s",
         "error",
     ):
         table.add_column(column)
     for name in options.networks:
         table.add_row(*measured(name, options.images, options.sites))
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

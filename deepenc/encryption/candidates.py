@@ -24,6 +24,7 @@ from deepenc.encryption.replay import Program, State, UnfitError
 from deepenc.encryption.shelter import fill
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError
+from deepenc.network.probe import as_widened
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, fit, narrow, widened
 
@@ -35,8 +36,7 @@ class Candidates:
         original: The victim.
         tensors: Its widened tensors, filled, by name.
         layout: What widened them: behind the real channels of each site as many as a candidate may have.
-        images: To measure on, ``(images, ...)``, on the network's device; an incomplete last batch is left
-            out where there is another.
+        images: To measure on, ``(images, ...)``, on the network's device.
         measure: What to compare; operators behind it are not run.
         batch_size: Images per forward pass.
         cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
@@ -62,6 +62,7 @@ class Candidates:
     ) -> None:
         self.most: Allocation = {name: len(places) for name, places in layout.positions.items()}
         self._model, self._wide, self._layout = original.model, tensors, layout
+        self._filled = [site for site in layout.sites if self.most[site.name]]
         own = named_tensors(original.model)
         changed = {id(own[name]) for name in tensors}
         self._rest = {name: tensor for name, tensor in own.items() if id(tensor) not in changed}
@@ -69,8 +70,7 @@ class Candidates:
         for site in layout.sites:
             for slot in site.slots:
                 self._slots[slot.tensor].append((site, layout.widened_slot(slot)))
-        whole = max(1, len(images) // batch_size) * batch_size
-        self.batches = torch.split(images[:whole], batch_size)  # all of one size
+        self.batches = torch.split(images, batch_size)
         self._reader = Reader(original.model, measure, self.batches[0])
         with torch.no_grad():
             self._clean = [self._reader(self._model, batch) for batch in self.batches]
@@ -122,11 +122,15 @@ class Candidates:
     def network(self, allocation: Mapping[str, int]) -> nn.Module:
         """The encrypted network with the first confusion channels of each site; its tensors are shared.
 
+        Sites that may have channels and have none compute as if they had: the last bits can differ.
+
         Raises:
             ConfigError: More channels than were filled, or fewer than none.
         """
         self._check(allocation)
-        return fit(self._model, self._tensors(allocation), self._layout_of(allocation))
+        network = fit(self._model, self._tensors(allocation), self._layout_of(allocation))
+        as_widened(network, self._filled)
+        return network
 
     def _layout_of(self, allocation: Mapping[str, int]) -> Layout:
         known = {site.name: site.width for site in self._layout.sites}
@@ -167,7 +171,9 @@ class Candidates:
             return self._last[1]
         self._check(counts)
         distance = squared = 0.0
-        for changed, clean in zip(self._outputs(counts), self._clean, strict=True):
+        outputs = self._outputs(counts)
+        # Without any channel it is the victim; see `network` for what it may be rounded to.
+        for changed, clean in zip(outputs if counts else self._clean, self._clean, strict=True):
             self._reader.comparable(clean, changed)
             squares = (changed - clean).square().sum(dim=1)
             distance += squares.sqrt().sum().item()

@@ -1,8 +1,9 @@
 """Run a network again and again with some of its tensors changed, only as far as the change reaches.
 
-A network is run under observation, with no confusion channels, with one at each site, and with many: the
-operators that it calls must be the same each time, and the integers that they are given (sizes of views,
-groups) linear in the numbers of channels. Then the operators can be run without the network.
+A network is run on a few inputs under observation, with no confusion channels, with one at each site, and
+with many, and on more inputs: the operators that it calls must be the same each time, and the integers that
+they are given (sizes of views, groups) linear in the numbers of channels and of inputs. Then the operators
+can be run without the network.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepenc.network.structure import named_tensors
 
+FEW = 2
+"""Inputs of a run under observation; a single one may have kernels of its own."""
+MORE = ""
+"""Counts the inputs beyond those, as the name of a site counts its channels."""
+
 
 class UnfitError(Exception):
     """The network cannot be run so; never leaves `deepenc.encryption`."""
@@ -33,7 +39,7 @@ class Ref(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """An integer that follows the numbers of confusion channels."""
+    """An integer that follows the numbers of confusion channels, and of inputs."""
 
     start: int
     steps: tuple[tuple[str, int], ...]
@@ -62,7 +68,7 @@ class Program:
     Args:
         build: Makes the network for an allocation.
         most: The largest counts that will be asked for.
-        batch: Inputs, of the size that all batches have.
+        inputs: To observe it on, ``(inputs, ...)``; a few are enough.
         touches: Tensor name to the sites whose channels lie in it.
         read: What is wanted of a network and inputs, in place of its output.
 
@@ -74,19 +80,22 @@ class Program:
         self,
         build: Callable[[Mapping[str, int]], nn.Module],
         most: Mapping[str, int],
-        batch: Tensor,
+        inputs: Tensor,
         touches: Mapping[str, Sequence[str]],
         read: Callable[[nn.Module, Tensor], Tensor],
     ) -> None:
         alone = [name for name, count in most.items() if count]
-        first, self._out = _record(build({}), batch, read)
+        few = inputs[torch.arange(2 * FEW) % len(inputs)]
+        ends = {**most, MORE: FEW}
+        first, self._out = _record(build({}), few[:FEW], read)
         others = []
-        for allocation in (*({name: 1} for name in alone), most):
-            calls, out = _record(build(allocation), batch, read)
+        for counts in (*({name: 1} for name in (*alone, MORE)), ends):
+            allocation = {name: count for name, count in counts.items() if name != MORE}
+            calls, out = _record(build(allocation), few[: FEW + counts.get(MORE, 0)], read)
             if out != self._out or [c.op for c in calls] != [c.op for c in first]:
-                raise UnfitError("other operators for other allocations")
+                raise UnfitError("other operators for other allocations, or other numbers of inputs")
             others.append(calls)
-        merge = _Merge(alone, most)
+        merge = _Merge((*alone, MORE), ends)
         self._calls = [
             Call(
                 calls[0].op,
@@ -143,11 +152,12 @@ class Program:
                 state, todo = candidate, dirty
         found = []
         for index, batch in enumerate(batches):
+            sizes = counts | {MORE: len(batch) - FEW}
             results = list(state.results[index]) if state else [None] * len(self._calls)
             for node in np.flatnonzero(todo).tolist():
                 call = self._calls[node]
-                args = [_filled(arg, results, tensors, batch, counts) for arg in call.args]
-                kwargs = {k: _filled(arg, results, tensors, batch, counts) for k, arg in call.kwargs.items()}
+                args = [_filled(arg, results, tensors, batch, sizes) for arg in call.args]
+                kwargs = {k: _filled(arg, results, tensors, batch, sizes) for k, arg in call.kwargs.items()}
                 results[node] = call.op(*args, **kwargs)
             found.append(results)
         return State(counts, found)
@@ -160,7 +170,7 @@ class Program:
 
 
 def _filled(
-    arg: Any, results: list[Any], tensors: Mapping[str, Tensor], batch: Tensor, counts: Mapping[str, int]
+    arg: Any, results: list[Any], tensors: Mapping[str, Tensor], batch: Tensor, sizes: Mapping[str, int]
 ) -> Any:
     if type(arg) is Ref:
         if arg.node >= 0:
@@ -168,9 +178,9 @@ def _filled(
             return result[arg.part] if isinstance(result, tuple | list) else result
         return tensors[arg.name] if arg.name else batch
     if type(arg) is Linear:
-        return arg.start + sum(step * counts.get(site, 0) for site, step in arg.steps)
+        return arg.start + sum(step * sizes.get(site, 0) for site, step in arg.steps)
     if type(arg) is list:
-        return [_filled(part, results, tensors, batch, counts) for part in arg]
+        return [_filled(part, results, tensors, batch, sizes) for part in arg]
     return arg
 
 
@@ -183,7 +193,7 @@ def _leaves(value: Any) -> Any:
 
 
 class _Merge:
-    """Makes one template of what an operator was given for no channel, for one at each site, and for most."""
+    """Makes one template of what an operator was given for no channel, for one of each kind, and for most."""
 
     def __init__(self, sites: Sequence[str], most: Mapping[str, int]) -> None:
         self._sites, self._most = sites, most

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +106,28 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 def _constants(model: nn.Module, example: Any, sites: Sequence[Site], expected: Expected) -> Sequence[float]:
     """The constants of the unwidened network, made to compute in the way in which the widened one does."""
+    turned = replace_tensors(model, named_tensors(model))
+    return Expected.of(turned, example).constants if as_widened(turned, sites) else expected.constants
+
+
+def as_widened(model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Make a network compute in the way in which it does when all of some sites have more channels.
+
+    Args:
+        model: The network, with more channels at some of the sites or at none; changed in place.
+        sites: Those sites.
+
+    Returns:
+        Whether there is any other way.
+    """
     flags = [setting for site in sites for setting in site.settings if isinstance(setting.victim, bool)]
     homes = {slot.tensor.rpartition(".")[0] for site in sites if site.contracted for slot in site.slots}
-    attentions = [home for home in homes if type(model.get_submodule(home)) is nn.MultiheadAttention]
-    if not flags and not attentions:
-        return expected.constants
-    turned = replace_tensors(model, named_tensors(model))
+    attentions = [m for m in map(model.get_submodule, homes) if isinstance(m, nn.MultiheadAttention)]
     for flag in flags:
-        setattr(turned.get_submodule(flag.module), flag.name, not flag.victim)
-    for home in attentions:
-        adapt(cast(nn.MultiheadAttention, turned.get_submodule(home)), wide=True)
-    return Expected.of(turned, example).constants
+        setattr(model.get_submodule(flag.module), flag.name, not flag.victim)
+    for attention in attentions:
+        adapt(attention, wide=True)
+    return bool(flags or attentions)
 
 
 def _same_constants(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -108,8 +108,8 @@ def test_agrees_with_surgery_in_transformers() -> None:
         torch.manual_seed(0)
         model = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 24, num_classes=5)
         net = traced(model, 3, 16, 16)
-    # The heads' width decides which kernel torch takes: run whole.
-    check(net, fast=False)
+    # Heads with confusion channels are computed by other operators than those without.
+    check(net, fast=True)
     hidden = tuple(site for site in net[2] if ".mlp." in site.name)
     assert len(hidden) == 2
     check((net[0], net[1], hidden), fast=True)
