@@ -16,17 +16,19 @@ ROOT = Path(__file__).parents[1]
 CORE = {
     "deepenc.errors": set(),
     "deepenc.plugins": {"deepenc.errors"},
+    "deepenc.processes": {"deepenc.errors", "deepenc.plugins"},
     "deepenc.network": {"deepenc.errors", "deepenc.plugins"},
     "deepenc.encryption": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
     "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
 }
-CORE["deepenc.arena"] = {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}
+PLUGINS = {"defenses": {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}}
+CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes"}
 CORE["deepenc.study"] = {*CORE["deepenc.arena"], "deepenc.arena"}
 CORE["deepenc.report"] = {*CORE["deepenc.study"], "deepenc.study"}
 CORE["deepenc.config"] = CORE["deepenc.report"]
 CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
 CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
-PLUGINS = {"attacks": {*CORE["deepenc.arena"], "deepenc.arena"}, "defenses": CORE["deepenc.arena"]}
+PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena"}
 OURS = {"deepenc", "attacks", "defenses", "benchmarks", "tests"}
 
 

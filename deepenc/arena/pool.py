@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from deepenc.arena.duel import Task
 from deepenc.arena.store import Store
 from deepenc.arena.worker import Outcome, Workspace, serve
+from deepenc.processes import Worker, ready, threads
 
 if TYPE_CHECKING:
     from deepenc.arena.matrix import Progress
@@ -71,55 +63,20 @@ def _fight_here(
     return fought, workspace.encryptions
 
 
-class _Worker:
-    """A worker process, its connection, and what it is doing."""
+class _Worker(Worker[Task]):
+    """A worker process, and the cells that it takes next."""
 
     def __init__(self, cache: Path, plugin_files: Sequence[Path], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, cache, list(plugin_files), threads), daemon=True
-        )
-        with _interrupts_ignored():
-            self.process.start()
-        theirs.close()
+        super().__init__(serve, cache, list(plugin_files), threads)
         self.queue: list[Task] = []
-        self.task: Task | None = None
         self.encryptions = 0
-
-    def send(self, task: Task) -> None:
-        """Give it a cell; a worker that is gone is noticed when it is waited for."""
-        self.task = task
-        try:
-            self.connection.send_bytes(pickle.dumps(task))
-        except OSError:
-            return
-
-    def receive(self) -> Outcome | None:
-        """What it sent, or None where it died instead."""
-        try:
-            outcome = self.connection.recv()
-        except (EOFError, OSError):
-            return None
-        assert isinstance(outcome, Outcome)
-        return outcome
-
-    def end(self) -> None:
-        """End the process, whatever it is doing."""
-        self.connection.close()
-        self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
 
 
 class _Pool:
     """The worker processes; all are gone when it is left."""
 
     def __init__(self, size: int, cache: Path, plugin_files: Sequence[Path]) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._threads = max(1, min(torch.get_num_threads(), cores // max(1, size)))
+        self._threads = threads(size)
         self._cache, self._files, self._size = cache, plugin_files, size
         self.workers: list[_Worker] = []
 
@@ -148,11 +105,6 @@ class _Pool:
         self.workers.remove(worker)
         return self.add()
 
-    def wait(self) -> list[_Worker]:
-        """Busy workers that have sent something, or died."""
-        busy: dict[Connection, _Worker] = {w.connection: w for w in self.workers if w.task is not None}
-        return [busy[connection] for connection in wait(list(busy)) if isinstance(connection, Connection)]
-
 
 class _Coordinator:
     """Deals out groups, one cell at a time, and stores what comes back."""
@@ -170,7 +122,7 @@ class _Coordinator:
         for worker in self._pool.workers:
             self._next(worker)
         while any(worker.task is not None for worker in self._pool.workers):
-            for worker in self._pool.wait():
+            for worker in ready(self._pool.workers):
                 outcome = worker.receive()
                 if outcome is None:
                     self._died(worker)
@@ -186,6 +138,7 @@ class _Coordinator:
             task = worker.queue.pop(0)
             if self._store.claim(task.identity, self._owner):
                 self._progress.started(task.cell)
+                worker.task = task
                 worker.send(task)
                 return
 
@@ -210,31 +163,12 @@ class _Coordinator:
         deaths = self._deaths[task.identity] = self._deaths.get(task.identity, 0) + 1
         fresh.queue = queue
         if deaths < ATTEMPTS:
+            fresh.task = task
             fresh.send(task)
             return
-        reason = f"the worker process died {deaths} times ({_death(worker.process.exitcode)})"
+        reason = f"the worker process died {deaths} times ({worker.death()})"
         record = task.record(state="failed", reason=reason)
         if self._store.finish(record, self._owner):
             self._progress.finished(task.cell, record)
             self._fought += 1
         self._next(fresh)
-
-
-def _death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        return f"{name}; out of memory?" if -exitcode == signal.SIGKILL else name
-    return f"exit code {exitcode}"
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process started here ignores Ctrl-C from its first instant."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

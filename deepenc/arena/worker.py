@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import signal
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-import torch
 
 from deepenc.arena.build import Encryption, Subject
 from deepenc.arena.case import Attack
@@ -22,7 +16,7 @@ from deepenc.arena.plan import Cell
 from deepenc.arena.record import Record
 from deepenc.arena.selftest import selftest
 from deepenc.errors import DeepencError
-from deepenc.plugins import load_file
+from deepenc.processes import settle
 from deepenc.victims.victim import Victim, VictimSource
 
 
@@ -112,12 +106,7 @@ def serve(connection: Connection, cache: Path, plugin_files: Sequence[Path], thr
         plugin_files: Loaded first, so that tasks can name their plugins.
         threads: For torch.
     """
-    # Ctrl-C reaches every process of a terminal; the coordinator decides what becomes of its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    for path in plugin_files:
-        load_file(path)
+    settle(threads, plugin_files)
     workspace = Workspace(cache)
     while True:
         try:
@@ -132,10 +121,3 @@ def serve(connection: Connection, cache: Path, plugin_files: Sequence[Path], thr
             connection.send(outcome)
         except OSError:
             return
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -94,6 +94,7 @@ class Candidates:
         measure: Measure = "logits",
         batch_size: int = 64,
         cache: int = 2**30,
+        blame: str = "a search over allocations",
     ) -> Self:
         """Fill confusion channels, and choose images.
 
@@ -106,11 +107,12 @@ class Candidates:
             measure: What to compare.
             batch_size: Images per forward pass.
             cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
+            blame: Who needs images, for the message where there are none.
 
         Raises:
             ConfigError: Fewer than two images, or counts that cannot be meant.
         """
-        inputs = draw("a search over allocations", original.model, original, rng, images)
+        inputs = draw(blame, original.model, original, rng, images)
         tensors, layout = filled(original, weights, rng, most)
         return cls(original, tensors, layout, inputs, measure, batch_size, cache)
 

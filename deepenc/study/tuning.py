@@ -20,15 +20,18 @@ from deepenc.arena.record import Record
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import load_file
+from deepenc.processes import Worker, ready, threads
 from deepenc.study.outcome import Finalist, chosen, defense_of, final_experiment, finalist
 from deepenc.study.sampling import derived, identity, points, sampler
 from deepenc.study.search import CHANGEABLE, RISING, Search
 from deepenc.study.trials import Evaluator, Result
-from deepenc.study.workers import Brief, Step, Worker, ready, threads
+from deepenc.study.workers import Brief, Step, serve
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
+
+    _Job = tuple[Trial, dict[str, Any]]
 
 log = logging.getLogger(__name__)
 
@@ -263,20 +266,21 @@ def _here(desk: _Desk, evaluator: Evaluator) -> int:
 
 def _there(desk: _Desk, brief: Brief, size: int) -> int:
     """Fight in processes; a trial whose worker dies is tried once more."""
-    workers = [Worker(brief) for _ in range(size)]
+    workers: list[Worker[_Job]] = [Worker(serve, brief) for _ in range(size)]
     deaths: dict[int, int] = {}
 
-    def give(worker: Worker, job: tuple[Trial, dict[str, Any]] | None) -> None:
-        worker.trial = job
+    def give(worker: Worker[_Job], job: _Job | None) -> None:
+        worker.task = job
         if job is not None:
             worker.send(job[1])
 
     try:
         for worker in workers:
             give(worker, desk.next())
-        while any(worker.trial is not None for worker in workers):
+        while any(worker.task is not None for worker in workers):
             for worker in ready(workers):
-                job, said = worker.trial, worker.receive()
+                job, said = worker.task, worker.receive()
+                assert job is not None
                 trial = job[0]
                 if isinstance(said, Step):
                     worker.send(desk.prune(trial, said.step, said.value))
@@ -287,7 +291,8 @@ def _there(desk: _Desk, brief: Brief, size: int) -> int:
                     continue
                 how = worker.death()
                 worker.end()
-                workers[workers.index(worker)] = fresh = Worker(brief)
+                fresh: Worker[_Job] = Worker(serve, brief)
+                workers[workers.index(worker)] = fresh
                 deaths[trial.number] = deaths.get(trial.number, 0) + 1
                 if deaths[trial.number] >= ATTEMPTS:
                     reason = f"the worker process died {deaths[trial.number]} times ({how})"

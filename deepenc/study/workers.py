@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepenc.arena.record import Record
-from deepenc.plugins import load_file
+from deepenc.processes import settle
 from deepenc.study.search import Search
-from deepenc.study.trials import Evaluator, Result
+from deepenc.study.trials import Evaluator
 
 
 @dataclass(frozen=True)
@@ -50,68 +43,14 @@ class Step:
     value: float
 
 
-class Worker:
-    """A process, its connection, and the trial it is at."""
+def serve(connection: Connection, brief: Brief) -> None:
+    """Body of a worker process: takes the values of trials until the connection ends.
 
-    def __init__(self, brief: Brief) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, brief), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.trial: Any = None
-
-    def send(self, message: object) -> None:
-        """Tell it something; one that is gone is noticed when it is waited for."""
-        try:
-            self.connection.send(message)
-        except OSError:
-            return
-
-    def receive(self) -> Step | Result | None:
-        """What it said, or None where it died instead."""
-        try:
-            said = self.connection.recv()
-        except (EOFError, OSError):
-            return None
-        assert isinstance(said, Step | Result)
-        return said
-
-    def end(self) -> None:
-        """End the process, whatever it is doing."""
-        self.connection.close()
-        self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-    def death(self) -> str:
-        """How it died, in words."""
-        self.process.join(5)
-        code = self.process.exitcode
-        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-
-
-def ready(workers: Sequence[Worker]) -> list[Worker]:
-    """Of the busy workers those that have said something, or died; waits for the first."""
-    busy = {worker.connection: worker for worker in workers if worker.trial is not None}
-    return [busy[found] for found in wait(list(busy)) if isinstance(found, Connection)]
-
-
-def threads(workers: int) -> int:
-    """Torch's threads for each of some processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), cores // workers))
-
-
-def _serve(connection: Connection, brief: Brief) -> None:
-    # Ctrl-C reaches every process of a terminal; the coordinator decides what becomes of its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(brief.threads)
-    for path in brief.plugin_files:
-        load_file(path)
+    Args:
+        connection: To the coordinator.
+        brief: What it must know.
+    """
+    settle(brief.threads, brief.plugin_files)
     evaluator = Evaluator(Search.model_validate(brief.search), brief.cache, brief.root)
     evaluator.references = brief.references
 
@@ -125,10 +64,3 @@ def _serve(connection: Connection, brief: Brief) -> None:
             connection.send(evaluator.run(values, report))
         except (EOFError, OSError):
             return
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

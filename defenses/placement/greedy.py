@@ -13,7 +13,6 @@ from deepenc.encryption.budget import Budget, Ledger, caps, grow
 from deepenc.encryption.candidates import Candidates
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
 from deepenc.encryption.measure import Measure
-from deepenc.errors import ConfigError
 from deepenc.plugins import build
 
 
@@ -54,15 +53,11 @@ class Greedy(Placement):
         Raises:
             ConfigError: There are no images, or the budget is below one channel.
         """
-        if original.data is None:
-            raise ConfigError(
-                "placement 'greedy' measures Equation 1 and needs the defender's images, got none; give "
-                "`encrypt` some as `data=`"
-            )
         ledger = Ledger(original, self.budget, select(original.sites, self.sites))
         most = caps(ledger, self.widest)
+        blame = f"placement {self.name!r}"
         candidates = Candidates.of(
-            original, self.weights, rng, most, images=self.images, measure=self.measure
+            original, self.weights, rng, most, images=self.images, measure=self.measure, blame=blame
         )
         chosen = climb(candidates, ledger, {}, self.step)
         return grow(ledger, chosen, lambda site, count, price: 1 / price)

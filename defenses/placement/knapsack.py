@@ -15,7 +15,6 @@ from deepenc.encryption.budget import Budget, Ledger, caps, grow
 from deepenc.encryption.candidates import Candidates
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
 from deepenc.encryption.measure import Measure
-from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.plugins import build
 
@@ -63,15 +62,11 @@ class Knapsack(Placement):
         Raises:
             ConfigError: There are no images, or the budget is below one channel.
         """
-        if original.data is None:
-            raise ConfigError(
-                "placement 'knapsack' measures Equation 1 and needs the defender's images, got none; give "
-                "`encrypt` some as `data=`"
-            )
         ledger = Ledger(original, self.budget, select(original.sites, self.sites))
         most = {name: count for name, count in caps(ledger, self.widest).items() if count}
+        blame = f"placement {self.name!r}"
         candidates = Candidates.of(
-            original, self.weights, rng, most, images=self.images, measure=self.measure
+            original, self.weights, rng, most, images=self.images, measure=self.measure, blame=blame
         )
         candidates.settle({})
         points = {name: np.unique(np.geomspace(1, n, self.points).round().astype(int)).tolist()

@@ -61,14 +61,10 @@ class Spread(Placement):
         ledger = Ledger(original, self.budget, select(original.sites, self.sites))
         if not self.floor:
             return grow(ledger, {}, _bits_per_price)
-        if original.data is None:
-            raise ConfigError(
-                "placement 'spread' measures Equation 1 for its floor and needs the defender's images, got "
-                "none; give `encrypt` some as `data=`, or leave out the floor"
-            )
         most = caps(ledger, self.widest)
+        blame = f"placement {self.name!r} with a floor"
         candidates = Candidates.of(
-            original, self.weights, rng, most, images=self.images, measure=self.measure
+            original, self.weights, rng, most, images=self.images, measure=self.measure, blame=blame
         )
         least = climb(candidates, ledger, {}, enough=self.floor)
         chosen = grow(ledger, least, _bits_per_price, most)

@@ -9,7 +9,6 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -235,21 +234,20 @@ class DyingWorker:
 
     def __init__(self):
         self.queue, self.task, self.encryptions = [], None, 0
-        self.process = SimpleNamespace(exitcode=-signal.SIGKILL)
 
     def send(self, task):
-        self.task = task
+        assert self.task is task
 
     def receive(self):
         return None
+
+    def death(self):
+        return "SIGKILL; out of memory?"
 
 
 class DyingPool:
     def __init__(self):
         self.workers, self.replaced = [DyingWorker(), DyingWorker()], 0
-
-    def wait(self):
-        return [worker for worker in self.workers if worker.task is not None]
 
     def replace(self, worker):
         self.replaced += 1
@@ -258,7 +256,8 @@ class DyingPool:
         return self.workers[-1]
 
 
-def test_what_kills_two_workers_has_failed_and_the_run_goes_on(tmp_path, plugin):
+def test_what_kills_two_workers_has_failed_and_the_run_goes_on(tmp_path, plugin, monkeypatch):
+    monkeypatch.setattr(pool, "ready", lambda workers: [w for w in workers if w.task is not None])
     tasks = [Task.of(cell, "f", bytes(32), None, "cpu") for cell in plan(experiment())]
     workers = DyingPool()
     with Store(tmp_path / DATABASE) as store:

@@ -206,14 +206,14 @@ class Scripted:
     plan: ClassVar[dict[int, int]] = {}
     given: ClassVar[list[int]] = []
 
-    def __init__(self, brief: object) -> None:
-        self.trial: Any = None
+    def __init__(self, body: object, brief: object) -> None:
+        self.task: Any = None
 
     def send(self, message: object) -> None:
-        self.given.append(self.trial[0].number)
+        self.given.append(self.task[0].number)
 
     def receive(self) -> Result | None:
-        number = self.trial[0].number
+        number = self.task[0].number
         if self.plan.get(number, 0):
             self.plan[number] -= 1
             return None
@@ -232,7 +232,7 @@ def test_a_dead_worker_s_trial_is_tried_once_more(
     search = Search.model_validate(fields(tmp_path, trials=5))
     study = open_study(search, tmp_path)
     monkeypatch.setattr(tuning, "Worker", Scripted)
-    monkeypatch.setattr(tuning, "ready", lambda workers: [w for w in workers if w.trial is not None])
+    monkeypatch.setattr(tuning, "ready", lambda workers: [w for w in workers if w.task is not None])
     monkeypatch.setattr(Scripted, "plan", {1: 1, 2: 2})
     monkeypatch.setattr(Scripted, "given", [])
     fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), cast(Any, None), 2)
