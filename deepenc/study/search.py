@@ -14,6 +14,8 @@ from deepenc.arena.plan import Entry, Experiment
 from deepenc.arena.space import Axis, Space, value_of, varied
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
+from deepenc.encryption.measure import Measure
+from deepenc.encryption.objective import Form
 from deepenc.errors import ConfigError, DeepencError
 from deepenc.plugins import explain
 from deepenc.victims.victim import VictimSource
@@ -44,6 +46,9 @@ class Search(BaseModel):
             the strongest attack per key; ``damage``: share of accuracy lost; ``memory``: ΔMem / Mem;
             ``detectability``: the largest AUC of an attack's scores per key.
         lam: λ of Equation 1, for ``gain``.
+        measure: What Equation 1 compares, for ``gain``: ``logits``, ``probabilities``, ``features``, or
+            ``features:NAME`` of a layer.
+        form: Which number of the response counts, for ``gain``: ``l2``, or ``relative``.
         memory: Largest ΔMem / Mem; what costs more is not fought.
         trials: Trials in all, those of earlier commands included.
         keys: Tuning keys.
@@ -68,6 +73,8 @@ class Search(BaseModel):
     threats: tuple[Threat, ...] = Field((Threat(name="thief"),), min_length=1)
     objectives: tuple[Objective, ...] = Field(min_length=1)
     lam: float | None = Field(None, ge=0, allow_inf_nan=False)
+    measure: Measure = "logits"
+    form: Form = "l2"
     memory: float | None = Field(None, gt=0, allow_inf_nan=False)
     trials: int = Field(30, ge=1)
     keys: int = Field(2, ge=1)
@@ -121,8 +128,10 @@ class Search(BaseModel):
                 f"objectives: {min(aims)} alone asks for all the memory there is; give a bound, as in "
                 "`memory: 0.05`, or list memory as an objective, too"
             )
-        if (self.lam is None) == ("gain" in asked):
-            raise ValueError("the objective gain needs `lam`, its price of memory, and nothing else does")
+        if "gain" in asked and self.lam is None:
+            raise ValueError("the objective gain needs `lam`, its price of memory")
+        if "gain" not in asked and (given := self.model_fields_set & {"lam", "measure", "form"}):
+            raise ValueError(f"{min(given)} is for the objective gain, which is not asked for; leave it out")
         if asked & {"worst-advantage", "detectability"} and all(e.attack.reference for e in self.attacks):
             raise ValueError("objectives: worst-advantage and detectability need attacks; list some")
 

@@ -119,7 +119,7 @@ class Evaluator:
             if record.state != "done":
                 return Result("failed", reason=f"{cell.entry.label}: {record.reason}", records=tuple(records))
             if "gain" in search.objectives and len(responses) <= cell.key:
-                responses.append(_response(self._encryption(cell, task.secret)))
+                responses.append(self._response(self._encryption(cell, task.secret)))
             if len(search.objectives) == 1 and step + 1 < len(cells):
                 so_far = values_of(search, (*self.references, *records), responses)[0]
                 if so_far is not None and report(step, so_far.mean):
@@ -150,13 +150,19 @@ class Evaluator:
         """Response change under further keys, on the judge's own images; for after the search alone."""
         if not defense.protects or "gain" not in self._search.objectives:
             return []
-        return [_response(Encryption.of(self._whole, defense, secret)) for secret in secrets]
+        return [self._response(Encryption.of(self._whole, defense, secret)) for secret in secrets]
 
-
-def _response(encryption: Encryption) -> float:
-    victim, cpu = encryption.subject.victim, torch.device("cpu")
-    inputs = victim.judge.inputs[:RESPONSE_IMAGES]
-    return response_change(victim.model, fresh(encryption, cpu), inputs).l2
+    def _response(self, encryption: Encryption) -> float:
+        measure, key = self._search.measure, encryption.key
+        if key.arrangement and measure.startswith("features"):
+            raise ConfigError(
+                f"the measure {measure!r} compares channels in their order, and the defense arranges them "
+                "anew; measure logits or probabilities"
+            )
+        victim, network = encryption.subject.victim, fresh(encryption, torch.device("cpu"))
+        inputs = victim.judge.inputs[:RESPONSE_IMAGES]
+        found = response_change(victim.model, network, inputs, measure=measure, layout=key.layout())
+        return float(getattr(found, self._search.form))
 
 
 def tuning_part(victim: Victim, held_out: float) -> Victim:

@@ -79,6 +79,8 @@ def test_what_the_base_does_not_have_takes_any_value_at_the_start() -> None:
         ({"objectives": ["damage-per-memory", "gain"], "lam": 1.0}, "contradicts gain"),
         ({"objectives": ["gain"]}, "lam"),
         ({"lam": 2.0}, "lam"),
+        ({"measure": "features"}, "measure is for the objective gain"),
+        ({"objectives": ["gain"], "lam": 1.0, "measure": "feature"}, "'features:NAME'"),
         ({"objectives": ["worst-advantage"], "memory": 0.1, "attacks": ["scratch"]}, "need attacks"),
         ({"objectives": ["smallest"]}, "worst-advantage"),
         ({"space": {"weights.steps": [1, 2]}}, "weights.steps"),

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
+import torch
 
+from deepenc.arena.build import Encryption, Subject, fresh
 from deepenc.arena.owners import new_owner, retire
 from deepenc.config import load
+from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import _loaded, load_file
 from deepenc.study import tuning
 from deepenc.study.outcome import importances, write
 from deepenc.study.search import Search
-from deepenc.study.trials import Result
+from deepenc.study.trials import Evaluator, Result
 from deepenc.study.tuning import JOURNAL, Quiet, Tuned, open_study, tune
 
 PLUGIN = '''
@@ -175,6 +178,29 @@ def test_failed_is_failed_and_too_dear_is_pruned(plugin: Path, tmp_path: Path) -
     assert set(states(tuned)) == {"COMPLETE", "FAIL", "PRUNED"}
     with pytest.raises(ConfigError, match="planted failure"):
         run(tmp_path, noting={"fails_above": 0.0}, name="none")
+
+
+def test_gain_is_equation_1_of_what_is_asked_for(plugin: Path, tmp_path: Path) -> None:
+    asked = {"objectives": ["gain"], "lam": 0.5, "measure": "probabilities", "form": "relative", "trials": 2}
+    search = Search.model_validate(fields(tmp_path, **asked))
+    secret = bytes(range(32))
+    (found,) = Evaluator(search, tmp_path, secret).fresh_responses(search.base, [secret])
+    subject = search.victim.load(tmp_path)
+    encryption = Encryption.of(Subject.of(subject), search.base, secret)
+    network, images = fresh(encryption, torch.device("cpu")), subject.judge.inputs
+    with torch.no_grad():
+        before, after = (net(images).double().softmax(1) for net in (subject.model, network))
+    assert found == pytest.approx(float((after - before).square().sum() / before.square().sum()))
+
+    tuned = run(tmp_path, **asked)
+    (best,) = tuned.finalists
+    assert best.fresh[0] is not None and best.memory is not None
+    assert best.fresh[0].mean + 0.5 * best.memory.mean > 0
+
+    moved = Defense.of({"base": "paper-samp", "name": "moved", "hardening": ["permute"]})
+    inside = Evaluator(search.model_copy(update={"measure": "features"}), tmp_path, secret)
+    with pytest.raises(ConfigError, match="arranges them anew"):
+        inside.fresh_responses(moved, [secret])
 
 
 def test_a_front_of_several_objectives(plugin: Path, tmp_path: Path) -> None:
