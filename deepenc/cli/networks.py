@@ -9,7 +9,7 @@ import typer
 
 from deepenc.cli import checkpoints
 from deepenc.cli.console import out
-from deepenc.cli.files import refuse_to_replace, replacing, same
+from deepenc.cli.files import refuse_to_replace
 from deepenc.cli.options import (
     CheckpointOption,
     ForceOption,
@@ -23,7 +23,8 @@ from deepenc.cli.options import (
     openings,
     source_named,
 )
-from deepenc.errors import CheckpointError, ConfigError
+from deepenc.cli.release import write_release
+from deepenc.errors import ConfigError
 
 
 def encrypt(
@@ -54,35 +55,28 @@ def encrypt(
         return
     if folder is None:
         raise ConfigError("expected a victim and a folder for the encrypted network; give OUT, too")
-    from deepenc.encryption import checkpoint
     from deepenc.encryption.defense import Defense
     from deepenc.encryption.encrypt import encrypt as make
-    from deepenc.encryption.key import save_key
     from deepenc.victims.cache import cache_folder
 
     source, chosen = source_named(victim), Defense.of(defense)
     refuse_to_replace(key, force)
     refuse_to_replace(folder, force)
-    passphrase, recipients = openings(passphrase_file, recipient)
+    sealed_for = openings(passphrase_file, recipient)
     model, example = source.network(cache_folder())
     data = source.load(cache_folder()).defender.inputs if chosen.wants_data else None
     encrypted, made = make(model, example, chosen, streams=streams, scope=scope, data=data)
-    with replacing(folder):
-        checkpoint.save(
-            folder,
-            encrypted,
-            made,
-            victim=source.spec(),
-            factory=source.structure(),
-            defense=chosen.spec(),
-        )
-        stored = checkpoint.load(folder)
-        restored = checkpoint.decrypt_tensors(stored.tensors, made)
-        if not all(same(restored[name], tensor) for name, tensor in model.state_dict().items()):
-            raise CheckpointError(
-                f"{folder}: what was written does not decrypt to the victim; is the disk well?"
-            )
-        save_key(made, key, passphrase, recipients=recipients)
+    stored = write_release(
+        folder,
+        encrypted,
+        made,
+        key,
+        victim=model.state_dict(),
+        openings=sealed_for,
+        source=source.spec(),
+        factory=source.structure(),
+        defense=chosen.spec(),
+    )
     console = out()
     console.print(
         f"{source.label} encrypted with {chosen.name}: {sum(made.configuration.values())} confusion "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepenc.cli.console import out
-from deepenc.cli.files import refuse_to_replace, replacing, same
+from deepenc.cli.files import refuse_to_replace
 from deepenc.cli.options import (
     ForceOption,
     IdentityOption,
@@ -19,7 +19,8 @@ from deepenc.cli.options import (
     openings,
     source_named,
 )
-from deepenc.errors import CheckpointError, ConfigError
+from deepenc.cli.release import write_release
+from deepenc.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepenc.victims.victim import VictimSource
@@ -55,7 +56,7 @@ def rotate(
     from deepenc.encryption import checkpoint
     from deepenc.encryption.defense import Defense
     from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
-    from deepenc.encryption.key import load_key, save_key
+    from deepenc.encryption.key import load_key
     from deepenc.victims.cache import cache_folder
 
     refuse_to_replace(new_key, force)
@@ -66,9 +67,9 @@ def rotate(
     passphrase, opener = opening(passphrase_file, identity)
     old = load_key(key, passphrase, stored.sites, identity=opener)
     if recipient or new_passphrase_file is not None or passphrase is None:
-        passphrase, recipients = openings(new_passphrase_file, recipient)
+        sealed_for = openings(new_passphrase_file, recipient)
     else:
-        recipients = []
+        sealed_for = passphrase, []
     source = _victim(victim, stored.victim)
     structure, example = source.network(cache_folder())
     original = decrypt(stored.network(structure), old)
@@ -78,23 +79,17 @@ def rotate(
         encrypted, made = reshelter(original, old, chosen, example=example, rotate=True, data=data)
     else:
         encrypted, made = encrypt(original, example, chosen, sites=stored.sites, data=data)
-    with replacing(target):
-        checkpoint.save(
-            target,
-            encrypted,
-            made,
-            victim=stored.victim,
-            factory=stored.factory,
-            defense=chosen.spec(),
-        )
-        written = checkpoint.load(target)
-        restored = checkpoint.decrypt_tensors(written.tensors, made)
-        before = checkpoint.decrypt_tensors(stored.tensors, old)
-        if not all(same(restored[name], tensor) for name, tensor in before.items()):
-            raise CheckpointError(
-                f"{target}: what was written does not decrypt to the victim; is the disk well?"
-            )
-        save_key(made, new_key, passphrase, recipients=recipients)
+    write_release(
+        target,
+        encrypted,
+        made,
+        new_key,
+        victim=checkpoint.decrypt_tensors(stored.tensors, old),
+        openings=sealed_for,
+        source=stored.victim,
+        factory=stored.factory,
+        defense=chosen.spec(),
+    )
     out().print(
         f"{folder} encrypted anew with {chosen.name}: {sum(made.configuration.values())} confusion channels "
         f"at {len(made.positions)} sites, key of {made.entropy:.1f} bits.\n"
