@@ -23,7 +23,6 @@ from deepenc.victims.cifar import Cifar10ResNet20
 from deepenc.victims.data import digests
 from deepenc.victims.downstream import SEED, Downstream, with_head
 from deepenc.victims.factory import Network
-from deepenc.victims.models import CifarResNet
 from deepenc.victims.torchvision import Torchvision
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -33,23 +32,6 @@ BERT = {
     "arguments": {**TINY, "vocab_size": 20, "num_labels": 7},
 }
 VIT = {"library": "timm", "name": "vit_tiny_patch16_224", "arguments": {"img_size": 32, "depth": 1}}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """CIFAR-10, CIFAR-100 and a ResNet-20, of random content."""
-    rng = np.random.default_rng(0)
-    for name, classes, sizes in (("cifar10", 10, (30, 50)), ("cifar100", 100, (90, 60))):
-        (tmp_path / name).mkdir()
-        for part, count in zip(("train", "test"), sizes, strict=True):
-            images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-            labels = rng.integers(0, classes, count, dtype=np.uint8)
-            np.savez(tmp_path / name / f"{part}.npz", images=images, labels=labels)
-    (tmp_path / "cifar10_resnets").mkdir()
-    torch.manual_seed(0)
-    state = {f"module.{name}": t for name, t in CifarResNet(20).state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "cifar10_resnets" / "resnet20-abc.th")
-    return tmp_path
 
 
 @pytest.fixture

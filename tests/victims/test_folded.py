@@ -28,32 +28,9 @@ from deepenc.victims.cifar import Cifar10ResNet20
 from deepenc.victims.downstream import Downstream
 from deepenc.victims.factory import Network
 from deepenc.victims.folded import Folded
-from deepenc.victims.models import CifarResNet
 from deepenc.victims.victim import Victim, source_of
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """CIFAR-10, CIFAR-100 and a ResNet-20, of random content."""
-    rng = np.random.default_rng(0)
-    for name, classes, sizes in (("cifar10", 10, (30, 50)), ("cifar100", 100, (40, 20))):
-        (tmp_path / name).mkdir()
-        for part, count in zip(("train", "test"), sizes, strict=True):
-            images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-            labels = rng.integers(0, classes, count, dtype=np.uint8)
-            np.savez(tmp_path / name / f"{part}.npz", images=images, labels=labels)
-    (tmp_path / "cifar10_resnets").mkdir()
-    torch.manual_seed(0)
-    model = CifarResNet(20)
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm):
-            norm.running_mean.normal_(0, 0.3)
-            norm.running_var.uniform_(0.5, 2)
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "cifar10_resnets" / "resnet20-abc.th")
-    return tmp_path
 
 
 def norms(model) -> int:
