@@ -178,7 +178,9 @@ def open_study(search: Search, folder: Path, database: str | None = None) -> Stu
         if (start := search.start()) is not None:
             study.enqueue_trial(start)
     elif stored != wanted:
-        changed = sorted(field for field in wanted.keys() | stored.keys() if wanted[field] != stored[field])
+        changed = sorted(
+            field for field in wanted.keys() | stored.keys() if wanted.get(field) != stored.get(field)
+        )
         raise ConfigError(
             f"{folder} holds a study whose {', '.join(changed)} differ: its trials cannot be compared with "
             "new ones; give another name or --out, or restore what was changed"

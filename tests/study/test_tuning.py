@@ -163,6 +163,11 @@ def test_a_search_ends_goes_on_and_tries_nothing_twice(plugin: Path, tmp_path: P
 
     with pytest.raises(ConfigError, match="space differ"):
         run(tmp_path, space={"placement.proportion": [0.03, 0.05]})
+    stored = more.study.user_attrs["search"]
+    older = {field: value for field, value in stored.items() if field != "form"}
+    more.study.set_user_attr("search", older)
+    with pytest.raises(ConfigError, match="form differ"):
+        run(tmp_path)
 
 
 def test_failed_is_failed_and_too_dear_is_pruned(plugin: Path, tmp_path: Path) -> None:
