@@ -79,6 +79,8 @@ bench: $(READY)
 	.venv/bin/python benchmarks/structure.py
 	.venv/bin/python benchmarks/matrix.py
 	.venv/bin/python benchmarks/language.py
+	.venv/bin/python benchmarks/gain.py
+	.venv/bin/python benchmarks/tuning.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
