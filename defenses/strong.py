@@ -13,8 +13,13 @@ from defenses.weights.conditional import Conditional
 
 strong = Defense(
     name="strong",
-    summary="Camouflaged, optimised (5 % of memory), the victim permuted, its statistics kept with the key.",
+    summary="Optimised in disguise (5 % of memory), the victim permuted, its statistics kept with the key.",
     placement=Spread(budget=Budget(share=0.05)),
     weights=Conditional(),
-    hardening=(Permute(), Optimise(quantile=0.5), Drift(), Withhold()),
+    hardening=(
+        Permute(),
+        Optimise(disguise=True, stealth=10.0, steps=150, batch_size=32),
+        Drift(),
+        Withhold(),
+    ),
 )

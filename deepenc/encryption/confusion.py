@@ -17,8 +17,10 @@ from deepenc.network.surgery import Layout
 
 STATISTICS = frozenset({Role.MEAN, Role.VARIANCE})
 """Roles that are measured, not trained."""
-Limits = Mapping[tuple[str, Slot], tuple[float, float]]
-"""Site name and slot to the least and the largest a channel may have there; see `limits`."""
+Limits = Mapping[tuple[str, Slot], tuple[Tensor, Tensor]]
+"""Site name and slot to the least and the largest that channels may have there, one number or one for each;
+see `limits`."""
+TINY = 1e-12
 
 
 def forged_mask(layout: Layout, name: str, shape: Sequence[int]) -> Tensor:
@@ -98,7 +100,7 @@ class Confusion:
                 self._own[name].masked_scatter_(self._masks[name], value.to(self._own[name].dtype))
 
     def cap(self, allowed: Limits) -> None:
-        """Bring each confusion channel back within limits, in place: rows shrink, numbers are clipped.
+        """Bring each confusion channel back within limits, in place: rows are scaled, numbers clipped.
 
         Args:
             allowed: From `limits`; slots not named stay.
@@ -116,13 +118,15 @@ class Confusion:
                 value.copy_(whole[name][self._masks[name]])
 
 
-def _capped(part: Tensor, slot: Slot, least: float, largest: float) -> Tensor:
+def _capped(part: Tensor, slot: Slot, least: Tensor, largest: Tensor) -> Tensor:
     """The entries of some channels in a slot, ``part``, within limits."""
+    least, largest = least.to(part), largest.to(part)
     if part.ndim == 1:
         return part.clamp(least, largest)
     rows = part.movedim(slot.dim, 0)
     norm = rows.reshape(len(rows) // slot.block, -1).norm(dim=1)
-    factor = torch.where(norm > largest, largest / norm, 1).repeat_interleave(slot.block)
+    wanted = norm.clamp(least, largest)
+    factor = torch.where(wanted == norm, 1, wanted / norm.clamp_min(TINY)).repeat_interleave(slot.block)
     return part * factor.view([-1 if dim == slot.dim else 1 for dim in range(part.ndim)])
 
 
@@ -143,8 +147,9 @@ def limits(tensors: Mapping[str, Tensor], sites: Sequence[Site], quantile: float
         for slot in site.slots:
             rows = slot_rows(tensors[slot.tensor].detach(), slot, site.width).double()
             if tensors[slot.tensor].ndim == 1:
-                least, largest = rows.flatten().quantile(rows.new_tensor([1 - quantile, quantile])).tolist()
+                least, largest = rows.flatten().quantile(rows.new_tensor([1 - quantile, quantile]))
             else:
-                least, largest = 0.0, rows.norm(dim=1).quantile(quantile).item()
+                largest = rows.norm(dim=1).quantile(quantile)
+                least = torch.zeros_like(largest)
             result[site.name, slot] = (least, largest)
     return result

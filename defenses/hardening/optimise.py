@@ -17,8 +17,8 @@ from deepenc.encryption.confusion import Confusion, limits
 from deepenc.encryption.damage import Objective, damage, outputs
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.inputs import batches, draw
-from deepenc.encryption.stealth import penalty
-from deepenc.network.batchnorm import batch_statistics
+from deepenc.encryption.stealth import Disguise, penalty
+from deepenc.network.batchnorm import batch_moments, batch_statistics
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 
@@ -55,6 +55,10 @@ class Optimise(Hardening):
     quantile: float = Field(1.0, ge=0.5, le=1)
     """Cap: in no slot does a confusion channel have a larger norm than this quantile of the real channels,
     nor a normalisation's factor or a bias outside their range."""
+    disguise: bool = False
+    """Whether each confusion channel takes on a look drawn from the joint distribution of the real ones': its
+    norms and its entries in vectors, and its other statistics as far as ``stealth`` weighs them. Else
+    channels grow as far as the cap lets them, and crowd there."""
     stealth: float = Field(0.0, ge=0)
     """Weight of a detector's penalty (norms, roughness and the like; see `deepenc.encryption.stealth`)."""
     gates: bool = False
@@ -96,29 +100,45 @@ class Optimise(Hardening):
         rng: np.random.Generator,
     ) -> None:
         victim = named_tensors(original.model)
-        allowed = limits(victim, confusion.layout.sites, self.quantile)
+        order = batches(len(inputs), self.batch_size, rng)
+        disguise, allowed = None, limits(victim, confusion.layout.sites, self.quantile)
+        if self.disguise:
+            with batch_moments(confusion.network) as seen, torch.no_grad():
+                confusion(inputs[next(order).to(inputs.device)])
+            whole = confusion.tensors() | seen
+            disguise = Disguise(whole, confusion.layout, rng)
+            allowed = disguise.sizes(whole)
         values = list(confusion.values.values())
         rates = [self.lr * _scale(victim[name]) for name in confusion.values]
         adam = Adam([{"params": [v], "lr": rate} for v, rate in zip(values, rates, strict=True)])
-        order = batches(len(inputs), self.batch_size, rng)
         thief = _learned_gates(confusion, inputs, target, order) if self.gates else None
         for _ in range(self.steps):
             index = next(order).to(inputs.device)
             gates = next(thief) if thief else None
             with torch.enable_grad():
-                loss = self._loss(confusion, inputs[index], target[index], gates)
+                loss = self._loss(confusion, inputs[index], target[index], gates, disguise)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
             for value, gradient in zip(values, gradients, strict=True):
                 value.grad = None if gradient is None else torch.nan_to_num(gradient, 0, 0, 0)
             adam.step()
             confusion.cap(allowed)
 
-    def _loss(self, confusion: Confusion, inputs: Tensor, target: Tensor, gates: Gates | None) -> Tensor:
-        loss = -damage(self.objective, confusion(inputs), target)
+    def _loss(
+        self,
+        confusion: Confusion,
+        inputs: Tensor,
+        target: Tensor,
+        gates: Gates | None,
+        disguise: Disguise | None,
+    ) -> Tensor:
+        with batch_moments(confusion.network) as seen:
+            loss = -damage(self.objective, confusion(inputs), target)
         if gates is not None:
             loss = (loss - damage(self.objective, confusion(inputs, gates=gates), target)) / 2
         if self.stealth:
-            loss = loss + self.stealth * penalty(confusion.tensors(), confusion.layout)
+            whole = confusion.tensors() | seen
+            found = disguise.penalty(whole) if disguise else penalty(whole, confusion.layout)
+            loss = loss + self.stealth * found
         return loss
 
 
