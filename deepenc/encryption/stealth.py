@@ -196,7 +196,8 @@ def _share(rows: Tensor, real: Sequence[int]) -> Tensor:
     share = ((near @ inverse) * near).sum(1)
     leverage = 1 - ridge * inverse.diagonal()
     without_itself = 1 - ridge * leverage / (1 - leverage).clamp_min(TINY)
-    return share.index_put((torch.tensor(real, device=rows.device),), without_itself)
+    result: Tensor = share.index_put((torch.tensor(real, device=rows.device),), without_itself)
+    return result
 
 
 def _likeness(rows: Tensor) -> Tensor:
@@ -210,8 +211,7 @@ def _roughness(kernels: Tensor) -> Tensor:
     """Energy of the differences between neighbours in kernels ``(width, others, height, width)``."""
     steps = [kernels.diff(dim=dim).square().sum((1, 2, 3)) for dim in (2, 3)]
     energy = kernels.square().sum((1, 2, 3)).clamp_min(TINY)
-    found: Tensor = (sum(steps[1:], steps[0]).clamp_min(TINY) / energy).log()
-    return found
+    return (sum(steps[1:], steps[0]).clamp_min(TINY) / energy).log()
 
 
 def _profile(energies: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.encryption.confusion import Confusion, forged_mask, limits
-from deepenc.encryption.stealth import penalty, statistics
-from deepenc.network.batchnorm import batch_statistics
+from deepenc.encryption.stealth import Disguise, _statistics, _table, penalty
+from deepenc.network.batchnorm import batch_moments, batch_statistics
 from deepenc.network.channels import slot_rows
+from deepenc.network.features import features
 from deepenc.network.gates import Gated
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors
@@ -105,9 +106,10 @@ def test_limits_are_quantiles_of_norms_and_the_range_of_vectors(planted: Net) ->
             if slot.tensor == "3.weight":
                 rows = weight.reshape(40, -1) if name == "3" else weight.swapaxes(0, 1).reshape(20, -1)
                 norms = np.linalg.norm(rows.astype(float), axis=1)
-                assert (least, largest) == pytest.approx((0, np.quantile(norms, quantile)))
+                assert (float(least), float(largest)) == pytest.approx((0, np.quantile(norms, quantile)))
             if slot.tensor == "1.weight":
-                assert (least, largest) == pytest.approx(np.quantile(gamma, (1 - quantile, quantile)))
+                ends = np.quantile(gamma, (1 - quantile, quantile))
+                assert (float(least), float(largest)) == pytest.approx(ends)
 
 
 def test_the_cap_shrinks_what_is_too_large_and_nothing_else(
@@ -180,17 +182,86 @@ def test_the_penalty_sees_what_stands_out(crowd: tuple[nn.Module, Layout, Tensor
     assert loud > 2 * louder > 8 * alike
 
 
+def alone(site: Site, role: Role) -> Site:
+    """The site with its slots of one role."""
+    return Site(site.name, site.width, tuple(slot for slot in site.slots if slot.role is role))
+
+
 def test_norm_and_roughness_by_hand(crowd: tuple[nn.Module, Layout, Tensor]) -> None:
     network, layout, _ = crowd
     tensors = {"0.weight": network.state_dict()["0.weight"]}
-    site = layout.widened_sites()[0]
-    alone = Site(site.name, site.width, tuple(s for s in site.slots if s.role is Role.INCOMING))
-    table = statistics(tensors, alone).numpy()
+    site = alone(layout.widened_sites()[0], Role.INCOMING)
+    found = [one.values.numpy() for one in _statistics(tensors, site, range(site.width))]
     for channel, kernels in enumerate(tensors["0.weight"].double().numpy()):
         energy = (kernels**2).sum()
         steps = sum((np.diff(kernels, axis=axis) ** 2).sum() for axis in (1, 2))
-        assert table[channel, 0] == pytest.approx(np.log(energy) / 2, abs=1e-4)
-        assert table[channel, 3] == pytest.approx(np.log(steps / energy), abs=1e-4)
+        assert found[0][channel] == pytest.approx(np.log(energy) / 2, abs=1e-4)
+        assert found[1][channel] == pytest.approx(kernels.mean() / np.sqrt((kernels**2).mean()), abs=1e-4)
+        assert found[-1][channel] == pytest.approx(np.log(steps / energy), abs=1e-4)
+
+
+@pytest.mark.parametrize(("role", "side"), [(Role.INCOMING, "in"), (Role.OUTGOING, "out")])
+def test_subspace_and_profile_are_what_the_detectors_look_at(
+    crowd: tuple[nn.Module, Layout, Tensor], role: Role, side: str
+) -> None:
+    network, layout, _ = crowd
+    site = alone(layout.widened_sites()[0], role)
+    tensors = {slot.tensor: network.state_dict()[slot.tensor] for slot in site.slots}
+    table = features(tensors, [site], [f"subspace_{side}", f"profile_{side}"])[site.name]
+    ours = _table(tensors, site, range(site.width))
+    for name, values in zip(table.names, table.values.T, strict=True):
+        same = [(ours[:, i] - values).abs().max() < 1e-3 for i in range(ours.shape[1])]
+        assert sum(same) == 1, name
+
+
+def test_looks_are_distributed_as_those_of_real_channels(planted: Net) -> None:
+    """Among real channels a large norm goes with a large factor; among those in disguise, too."""
+    net, _, sites = planted
+    generator = torch.Generator().manual_seed(0)
+    state = net.state_dict()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) + 3 * (tensor.ndim == 1))
+    sizes = torch.rand(len(state["0.weight"]), generator=generator) + 0.5
+    state["0.weight"] *= sizes.view(-1, 1, 1, 1) / state["0.weight"].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    state["1.weight"].copy_(2 * sizes)
+    layout = Layout(sites, {"0": tuple(range(20, 320)), "3": ()})
+    tensors = widened(state, layout)
+    network = fit(net, tensors, layout).eval()
+    disguise = Disguise(named_tensors(network), layout, np.random.default_rng(0))
+    found = {slot.tensor: each for (_, slot), (each, _) in disguise.sizes(named_tensors(network)).items()}
+    norms, factors = found["0.weight"].numpy(), found["1.weight"].numpy()
+    assert norms.min() >= sizes.min() - 1e-5 and norms.max() <= sizes.max() + 1e-5
+    assert np.quantile(norms, (0.25, 0.5, 0.75)) == pytest.approx(
+        sizes.quantile(torch.tensor([0.25, 0.5, 0.75])), abs=0.1
+    )
+    assert np.corrcoef(norms, factors)[0, 1] > 0.9
+    assert len(np.unique(norms)) > 250, "none copies a real one"
+
+    confusion = Confusion(network, layout)
+    with torch.no_grad():
+        for value in confusion.values.values():
+            value.normal_(0, 5)
+    confusion.cap(disguise.sizes(named_tensors(network)))
+    rows = confusion.tensors()["0.weight"][20:].flatten(1).norm(dim=1)
+    assert torch.allclose(rows.double(), found["0.weight"].double(), rtol=1e-4)
+
+
+def test_a_disguise_is_put_on(crowd: tuple[nn.Module, Layout, Tensor]) -> None:
+    network, layout, inputs = crowd
+    with batch_moments(network) as seen, torch.no_grad():
+        network(inputs)
+    assert torch.allclose(seen["1.running_mean"], network[0](inputs).mean((0, 2, 3)), atol=1e-5)
+    tensors = named_tensors(network) | seen
+    disguise = Disguise(tensors, layout, np.random.default_rng(0))
+    confusion = Confusion(network, layout)
+    adam = torch.optim.Adam(confusion.values.values(), lr=0.03)
+    before = disguise.penalty(confusion.tensors() | seen).item()
+    for _ in range(60):
+        adam.zero_grad()
+        disguise.penalty(confusion.tensors() | seen).backward()
+        adam.step()
+    assert disguise.penalty(confusion.tensors() | seen).item() < before / 3
 
 
 def test_a_network_like_all_others_is_finite_under_the_penalty(

@@ -97,7 +97,7 @@ def test_confusion_channels_stay_within_the_norms_of_the_real_ones(encrypted: Ma
         assert at_the_cap, "a cap that nothing reaches was not tested"
 
 
-@pytest.mark.parametrize("fields", [{}, {"gates": True}, {"stealth": 1.0}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"gates": True}, {"stealth": 1.0}, {"disguise": True}], ids=str)
 def test_only_confusion_entries_change_and_all_else_is_as_it_was(encrypted: Made, fields: dict) -> None:
     made, key, original = encrypted
     made.bn1.momentum, made.bn2.momentum = 0.03, None
@@ -149,6 +149,23 @@ def test_stealth_trades_harm_for_likeness(encrypted: Made) -> None:
     seen, unseen = (float(penalty(dict(n.state_dict()), layout)) for n in (open_, hidden))
     assert unseen < seen / 2
     assert change(hidden, original, original.data) < change(open_, original, original.data)
+
+
+def test_channels_in_disguise_do_not_crowd_at_the_cap(encrypted: Made) -> None:
+    layout, original = encrypted[1].layout(), encrypted[2]
+    capped, hidden = (
+        hardened(encrypted, steps=40, **fields)
+        for fields in ({"quantile": 0.5}, {"disguise": True, "stealth": 3.0})
+    )
+    spread = []
+    for network in (capped, hidden):
+        rows = network.state_dict()["conv2.weight"].flatten(1).norm(dim=1)
+        forged = list(layout.positions["conv2"])
+        real = [channel for channel in range(len(rows)) if channel not in forged]
+        assert rows[forged].max() <= rows[real].max() * 1.01
+        spread.append(float(rows[forged].std() / rows[real].std()))
+    assert spread[0] < 0.1 < spread[1]
+    assert change(hidden, original, original.data) > 2 * change(encrypted[0], original, original.data)
 
 
 def test_gates_are_learned_against_and_change_the_outcome(encrypted: Made) -> None:
