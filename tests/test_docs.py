@@ -131,6 +131,14 @@ def test_the_combinations_of_the_attacks_page_can_be_meant() -> None:
     assert {entry.attack.name for entry in entries} == {"chain", "ensemble", "partial-key"}
 
 
+def test_the_disguise_of_the_defenses_page_is_that_of_strong() -> None:
+    from deepenc.encryption.defense import Defense
+
+    (block,) = blocks("docs/defenses.md", "yaml")
+    shown, strong = Defense.of(yaml.safe_load(block)), Defense.of("strong")
+    assert shown == strong.model_copy(update={"name": shown.name})
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_can_be_planned(config: Path) -> None:
     from deepenc.arena.plan import plan
