@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
 from deepenc.encryption.calibration import Path, calibrate
@@ -18,13 +17,10 @@ from deepenc.encryption.damage import Objective, damage, outputs
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.inputs import batches, draw
 from deepenc.encryption.stealth import Disguise, penalty
+from deepenc.encryption.thieves import Gates, learned_gates, missing
 from deepenc.network.batchnorm import batch_moments, batch_statistics
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
-
-ROUND, GATE_RATE = 10, 0.1
-"""Steps after which the gates start anew, and Adam's learning rate for them."""
-Gates = Mapping[str, Tensor]
 
 
 class Optimise(Hardening):
@@ -63,6 +59,9 @@ class Optimise(Hardening):
     """Weight of a detector's penalty (norms, roughness and the like; see `deepenc.encryption.stealth`)."""
     gates: bool = False
     """Whether to ascend the damage, too, that is left after a thief learned gates for a few steps."""
+    removal: float = Field(0.0, ge=0, lt=1)
+    """Whether to ascend the damage, too, that is left without some channels, other ones at each step: this
+    share of a site's confusion channels, and as many real ones."""
     path: Path = "clean"
     """Where the confusion channels' own statistics are measured (see `calibrate`)."""
     calibration: int = Field(256, ge=2)
@@ -111,10 +110,12 @@ class Optimise(Hardening):
         values = list(confusion.values.values())
         rates = [self.lr * _scale(victim[name]) for name in confusion.values]
         adam = Adam([{"params": [v], "lr": rate} for v, rate in zip(values, rates, strict=True)])
-        thief = _learned_gates(confusion, inputs, target, order) if self.gates else None
+        thieves = [learned_gates(confusion, inputs, target, order)] if self.gates else []
+        if self.removal:
+            thieves.append(missing(confusion, self.removal, rng))
         for _ in range(self.steps):
             index = next(order).to(inputs.device)
-            gates = next(thief) if thief else None
+            gates = [next(thief) for thief in thieves]
             with torch.enable_grad():
                 loss = self._loss(confusion, inputs[index], target[index], gates, disguise)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
@@ -128,37 +129,18 @@ class Optimise(Hardening):
         confusion: Confusion,
         inputs: Tensor,
         target: Tensor,
-        gates: Gates | None,
+        gates: Sequence[Gates],
         disguise: Disguise | None,
     ) -> Tensor:
         with batch_moments(confusion.network) as seen:
-            loss = -damage(self.objective, confusion(inputs), target)
-        if gates is not None:
-            loss = (loss - damage(self.objective, confusion(inputs, gates=gates), target)) / 2
+            done = [damage(self.objective, confusion(inputs), target)]
+        done += [damage(self.objective, confusion(inputs, gates=some), target) for some in gates]
+        loss = -torch.stack(done).mean()
         if self.stealth:
             whole = confusion.tensors() | seen
             found = disguise.penalty(whole) if disguise else penalty(whole, confusion.layout)
             loss = loss + self.stealth * found
         return loss
-
-
-def _learned_gates(
-    confusion: Confusion, inputs: Tensor, target: Tensor, order: Iterator[Tensor]
-) -> Iterator[Gates]:
-    """Gates of a thief who takes one step each time, and starts anew after each round."""
-    device = inputs.device
-    while True:
-        gates = {s.name: torch.ones(s.width, device=device, requires_grad=True) for s in confusion.sites}
-        adam = Adam(gates.values(), lr=GATE_RATE)
-        for _ in range(ROUND):
-            index = next(order).to(device)
-            with torch.enable_grad():
-                loss = cross_entropy(confusion(inputs[index], gates=gates), target[index].argmax(1))
-                gradients = torch.autograd.grad(loss, list(gates.values()))
-            for gate, gradient in zip(gates.values(), gradients, strict=True):
-                gate.grad = gradient
-            adam.step()
-            yield {name: gate.detach() for name, gate in gates.items()}
 
 
 def _scale(tensor: Tensor) -> float:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from deepenc.arena.contract_defenses import hardening_checks
 from deepenc.arena.hosts import Noise, TwoEach
 from deepenc.arena.tiny import tiny_subject
-from deepenc.encryption.confusion import limits
+from deepenc.encryption.confusion import Confusion, limits
 from deepenc.encryption.defense import Defense, Original
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.key import Key
 from deepenc.encryption.stealth import penalty
+from deepenc.encryption.thieves import missing
 from deepenc.errors import ConfigError
 from deepenc.network.batchnorm import batch_statistics, reestimate
 from deepenc.network.channels import slot_rows
@@ -97,7 +98,9 @@ def test_confusion_channels_stay_within_the_norms_of_the_real_ones(encrypted: Ma
         assert at_the_cap, "a cap that nothing reaches was not tested"
 
 
-@pytest.mark.parametrize("fields", [{}, {"gates": True}, {"stealth": 1.0}, {"disguise": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"gates": True}, {"stealth": 1.0}, {"disguise": True}, {"removal": 0.5}], ids=str
+)
 def test_only_confusion_entries_change_and_all_else_is_as_it_was(encrypted: Made, fields: dict) -> None:
     made, key, original = encrypted
     made.bn1.momentum, made.bn2.momentum = 0.03, None
@@ -166,6 +169,19 @@ def test_channels_in_disguise_do_not_crowd_at_the_cap(encrypted: Made) -> None:
         spread.append(float(rows[forged].std() / rows[real].std()))
     assert spread[0] < 0.1 < spread[1]
     assert change(hidden, original, original.data) > 2 * change(encrypted[0], original, original.data)
+
+
+def test_as_many_real_channels_are_missing_as_confusion_channels(encrypted: Made) -> None:
+    confusion = Confusion(encrypted[0], encrypted[1].layout())
+    found = missing(confusion, 0.4, np.random.default_rng(0))
+    drawn = [next(found) for _ in range(2000)]
+    for site in confusion.sites:
+        forged = list(encrypted[1].positions[site.name])
+        silent = 1 - torch.stack([gates[site.name] for gates in drawn]).mean(0)
+        assert silent[forged].numpy() == pytest.approx(0.4, abs=0.05)
+        assert float(silent.sum()) == pytest.approx(2 * 0.4 * len(forged), abs=0.1)
+    one, two = (hardened(encrypted, steps=6, removal=share) for share in (0.0, 0.5))
+    assert not torch.equal(one.conv1.weight, two.conv1.weight)
 
 
 def test_gates_are_learned_against_and_change_the_outcome(encrypted: Made) -> None:
