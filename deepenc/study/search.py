@@ -130,8 +130,10 @@ class Search(BaseModel):
             )
         if "gain" in asked and self.lam is None:
             raise ValueError("the objective gain needs `lam`, its price of memory")
-        if "gain" not in asked and (given := self.model_fields_set & {"lam", "measure", "form"}):
-            raise ValueError(f"{min(given)} is for the objective gain, which is not asked for; leave it out")
+        theirs = type(self).model_fields
+        for field in () if "gain" in asked else ("lam", "measure", "form"):
+            if getattr(self, field) != theirs[field].default:
+                raise ValueError(f"{field} is for the objective gain, which is not asked for; leave it out")
         if asked & {"worst-advantage", "detectability"} and all(e.attack.reference for e in self.attacks):
             raise ValueError("objectives: worst-advantage and detectability need attacks; list some")
 
