@@ -46,7 +46,7 @@ def penalty(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
 
     Args:
         tensors: The encrypted network's, by name, whole: parameters, and what BatchNorm sees of a batch
-            (`deepenc.network.batchnorm.batch_moments`); those not given are not looked at.
+            (`deepenc.network.statistics.batch_moments`); those not given are not looked at.
         layout: Where the victim's entries lie in them.
 
     Returns:

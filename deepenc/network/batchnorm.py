@@ -70,29 +70,3 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for layer, training, track in before:
             layer.training, layer.track_running_stats = training, track
-
-
-@contextmanager
-def batch_moments(network: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Note what BatchNorm layers see, while it is open: moments of each channel over the last batch.
-
-    Yields:
-        Means and variances by the names of the running statistics that they would be, ``(channels,)`` each,
-        differentiable; filled by each run of the network.
-    """
-    found: dict[str, Tensor] = {}
-
-    def note(path: str, inputs: Tensor) -> None:
-        flat = inputs.transpose(0, 1).flatten(1)
-        found[f"{path}.running_mean"], found[f"{path}.running_var"] = flat.mean(1), flat.var(1, correction=0)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, path=path: note(path, args[0]))
-        for path, module in network.named_modules()
-        if isinstance(module, _BatchNorm)
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -15,7 +15,7 @@ from deepenc.network.admit import tensors_in
 from deepenc.network.attention import adapt
 from deepenc.network.dry import DryRun
 from deepenc.network.graph import call
-from deepenc.network.sites import Role, Site
+from deepenc.network.sites import Role, Setting, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import Layout, insert
 
@@ -106,28 +106,33 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 def _constants(model: nn.Module, example: Any, sites: Sequence[Site], expected: Expected) -> Sequence[float]:
     """The constants of the unwidened network, made to compute in the way in which the widened one does."""
+    if not any(_switches(model, sites)):
+        return expected.constants
     turned = replace_tensors(model, named_tensors(model))
-    return Expected.of(turned, example).constants if as_widened(turned, sites) else expected.constants
+    as_widened(turned, sites)
+    return Expected.of(turned, example).constants
 
 
-def as_widened(model: nn.Module, sites: Sequence[Site]) -> bool:
+def as_widened(model: nn.Module, sites: Sequence[Site]) -> None:
     """Make a network compute in the way in which it does when all of some sites have more channels.
 
     Args:
         model: The network, with more channels at some of the sites or at none; changed in place.
         sites: Those sites.
-
-    Returns:
-        Whether there is any other way.
     """
-    flags = [setting for site in sites for setting in site.settings if isinstance(setting.victim, bool)]
-    homes = {slot.tensor.rpartition(".")[0] for site in sites if site.contracted for slot in site.slots}
-    attentions = [m for m in map(model.get_submodule, homes) if isinstance(m, nn.MultiheadAttention)]
+    flags, attentions = _switches(model, sites)
     for flag in flags:
         setattr(model.get_submodule(flag.module), flag.name, not flag.victim)
     for attention in attentions:
         adapt(attention, wide=True)
-    return bool(flags or attentions)
+
+
+def _switches(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Setting], list[nn.MultiheadAttention]]:
+    """What of a network computes in another way with more channels: flags of modules, and attentions."""
+    flags = [setting for site in sites for setting in site.settings if isinstance(setting.victim, bool)]
+    homes = {slot.tensor.rpartition(".")[0] for site in sites if site.contracted for slot in site.slots}
+    modules = [model.get_submodule(home) for home in homes]
+    return flags, [module for module in modules if isinstance(module, nn.MultiheadAttention)]
 
 
 def _same_constants(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -107,6 +107,24 @@ def norm_moments(network: nn.Module, inputs: Tensor, *, live: bool = False) -> d
 
 
 @contextmanager
+def batch_moments(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Note what BatchNorm layers see, while it is open: moments of each channel over the last batch.
+
+    Yields:
+        Means and variances by the names of the running statistics that they would be, ``(channels,)`` each,
+        differentiable; filled by each run of the network.
+    """
+    found: dict[str, Tensor] = {}
+
+    def see(path: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        flat = given[0].transpose(0, 1).flatten(1)
+        found[f"{path}.running_mean"], found[f"{path}.running_var"] = flat.mean(1), flat.var(1, correction=0)
+
+    with removed([m.register_forward_pre_hook(partial(see, path)) for path, m in norms(network).items()]):
+        yield found
+
+
+@contextmanager
 def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     """Take hooks away at the end, whatever happens."""
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -18,9 +20,12 @@ from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.inputs import batches, draw
 from deepenc.encryption.stealth import Disguise, penalty
 from deepenc.encryption.thieves import Gates, learned_gates, missing
-from deepenc.network.batchnorm import batch_moments, batch_statistics
+from deepenc.network.batchnorm import batch_statistics
+from deepenc.network.statistics import batch_moments
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
+
+Detector = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Optimise(Hardening):
@@ -98,15 +103,15 @@ class Optimise(Hardening):
         target: Tensor,
         rng: np.random.Generator,
     ) -> None:
-        victim = named_tensors(original.model)
+        victim, layout = named_tensors(original.model), confusion.layout
         order = batches(len(inputs), self.batch_size, rng)
-        disguise, allowed = None, limits(victim, confusion.layout.sites, self.quantile)
         if self.disguise:
             with batch_moments(confusion.network) as seen, torch.no_grad():
                 confusion(inputs[next(order).to(inputs.device)])
-            whole = confusion.tensors() | seen
-            disguise = Disguise(whole, confusion.layout, rng)
-            allowed = disguise.sizes(whole)
+            disguise = Disguise(whole := confusion.tensors() | seen, layout, rng)
+            allowed, detector = disguise.sizes(whole), disguise.penalty
+        else:
+            allowed, detector = limits(victim, layout.sites, self.quantile), partial(penalty, layout=layout)
         values = list(confusion.values.values())
         rates = [self.lr * _scale(victim[name]) for name in confusion.values]
         adam = Adam([{"params": [v], "lr": rate} for v, rate in zip(values, rates, strict=True)])
@@ -117,7 +122,7 @@ class Optimise(Hardening):
             index = next(order).to(inputs.device)
             gates = [next(thief) for thief in thieves]
             with torch.enable_grad():
-                loss = self._loss(confusion, inputs[index], target[index], gates, disguise)
+                loss = self._loss(confusion, inputs[index], target[index], gates, detector)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
             for value, gradient in zip(values, gradients, strict=True):
                 value.grad = None if gradient is None else torch.nan_to_num(gradient, 0, 0, 0)
@@ -125,22 +130,14 @@ class Optimise(Hardening):
             confusion.cap(allowed)
 
     def _loss(
-        self,
-        confusion: Confusion,
-        inputs: Tensor,
-        target: Tensor,
-        gates: Sequence[Gates],
-        disguise: Disguise | None,
+        self, confusion: Confusion, inputs: Tensor, target: Tensor, gates: Sequence[Gates], detector: Detector
     ) -> Tensor:
-        with batch_moments(confusion.network) as seen:
+        with ExitStack() as watch:
+            seen = watch.enter_context(batch_moments(confusion.network)) if self.stealth else {}
             done = [damage(self.objective, confusion(inputs), target)]
         done += [damage(self.objective, confusion(inputs, gates=some), target) for some in gates]
         loss = -torch.stack(done).mean()
-        if self.stealth:
-            whole = confusion.tensors() | seen
-            found = disguise.penalty(whole) if disguise else penalty(whole, confusion.layout)
-            loss = loss + self.stealth * found
-        return loss
+        return loss + self.stealth * detector(confusion.tensors() | seen) if self.stealth else loss
 
 
 def _scale(tensor: Tensor) -> float:

@@ -209,6 +209,12 @@ def test_equal_weights_give_equal_finite_values(value):
     assert (standardised(table).abs() < 1e-6).all()
 
 
+def test_what_rounding_leaves_of_equal_values_is_no_distance():
+    noise = 1 + 6e-8 * torch.randn(9, 2, dtype=torch.float64)
+    assert not robust(torch.tensor([0.9, -7.0]) * noise).any()
+    assert robust((1 + 1e-4 * torch.arange(9.0, dtype=torch.float64))[:, None]).max() > 1
+
+
 def test_single_wild_channels_stay_finite():
     given = tensors()
     given["conv"][2] = 0

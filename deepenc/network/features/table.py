@@ -48,8 +48,8 @@ NAMES = (*(f"{name}_{side}" for name in SIDES for side in ("in", "out")), *CHANN
 
 NORMAL = 1.4826
 """Makes the median absolute deviation of a normal distribution its standard deviation."""
-ROUNDING = 1e-9
-"""Spread, relative to the values, below which they count as equal."""
+ROUNDING = 1e-6
+"""Spread, relative to the values, below which they count as equal: what products in float32 leave of it."""
 
 
 @dataclass(frozen=True, eq=False)
