@@ -1,9 +1,10 @@
 """What a second worker gains a search: every point of one small space, fought by one process, then by two.
 
 The search is configs/tune_digits.yaml with a space of points that cost alike, all of which both runs fight,
-so that the sampler's luck is no part of the ratio. Wall-clock seconds; the search's own time includes the
-start of its processes, and all of it the measurement of the winner on fresh keys, too. Wants an idle machine
-with a core for each worker.
+so that the sampler's luck is no part of the ratio. Each process has one thread of torch's, for one process
+with two would use a second core as well. Wall-clock seconds; the search's own time includes the start of its
+processes and the references, and all of it the measurement of the winner on fresh keys, too. Wants an idle
+machine with a core for each worker.
 
     python benchmarks/tuning.py [--runs 3]
 """
@@ -16,6 +17,7 @@ import time
 from math import prod
 from pathlib import Path
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=1, help="pairs of runs")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     wanted = search()
+    wanted.victim.load(cache_folder())  # trained now where it never was
     table = Table(title=f"{wanted.trials} trials of {wanted.keys} keys, {len(wanted.attacks)} attacks")
     for column in (
         "run",

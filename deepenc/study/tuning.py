@@ -118,14 +118,12 @@ def tune(
         study = open_study(search, folder, database)
         root = bytes.fromhex(study.user_attrs["root"])
         evaluator = Evaluator(search, Path(cache), root)
-        references = _references(study, evaluator)
-        with _owned() as owner:
+        brief = Brief(_plain(search), Path(cache), root, files, threads(workers))
+        # Processes start while the references are measured here.
+        with _owned() as owner, _hired(brief, workers if workers > 1 else 0) as crew:
+            references = _references(study, evaluator)
             desk = _Desk(search, study, owner, progress or Quiet())
-            if workers == 1:
-                fought = _here(desk, evaluator)
-            else:
-                brief = Brief(_plain(search), Path(cache), root, references, files, threads(workers))
-                fought = _there(desk, brief, workers)
+            fought = _there(desk, brief, crew, references) if crew else _here(desk, evaluator)
         seconds = time.perf_counter() - started
         winners = chosen(search, study)
         seed = derived(study.user_attrs["root"], "fresh")
@@ -266,9 +264,19 @@ def _here(desk: _Desk, evaluator: Evaluator) -> int:
     return desk.fought
 
 
-def _there(desk: _Desk, brief: Brief, size: int) -> int:
-    """Fight in processes; a trial whose worker dies is tried once more."""
+@contextmanager
+def _hired(brief: Brief, size: int) -> Iterator[list[Worker[_Job]]]:
+    """Worker processes, which all end with the block; whoever replaces one does so in the list."""
     workers: list[Worker[_Job]] = [Worker(serve, brief) for _ in range(size)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _there(desk: _Desk, brief: Brief, workers: list[Worker[_Job]], references: tuple[Record, ...]) -> int:
+    """Fight in processes; a trial whose worker dies is tried once more."""
     deaths: dict[int, int] = {}
 
     def give(worker: Worker[_Job], job: _Job | None) -> None:
@@ -276,34 +284,32 @@ def _there(desk: _Desk, brief: Brief, size: int) -> int:
         if job is not None:
             worker.send(job[1])
 
-    try:
-        for worker in workers:
-            give(worker, desk.next())
-        while any(worker.task is not None for worker in workers):
-            for worker in ready(workers):
-                job, said = worker.task, worker.receive()
-                assert job is not None
-                trial = job[0]
-                if isinstance(said, Step):
-                    worker.send(desk.prune(trial, said.step, said.value))
-                    continue
-                if said is not None:
-                    desk.close(trial, said)
-                    give(worker, desk.next())
-                    continue
-                how = worker.death()
-                worker.end()
-                fresh: Worker[_Job] = Worker(serve, brief)
-                workers[workers.index(worker)] = fresh
-                deaths[trial.number] = deaths.get(trial.number, 0) + 1
-                if deaths[trial.number] >= ATTEMPTS:
-                    reason = f"the worker process died {deaths[trial.number]} times ({how})"
-                    desk.close(trial, Result("failed", reason=reason))
-                    job = desk.next()
-                give(fresh, job)
-    finally:
-        for worker in workers:
+    for worker in workers:
+        worker.send(references)
+        give(worker, desk.next())
+    while any(worker.task is not None for worker in workers):
+        for worker in ready(workers):
+            job, said = worker.task, worker.receive()
+            assert job is not None
+            trial = job[0]
+            if isinstance(said, Step):
+                worker.send(desk.prune(trial, said.step, said.value))
+                continue
+            if said is not None:
+                desk.close(trial, said)
+                give(worker, desk.next())
+                continue
+            how = worker.death()
             worker.end()
+            fresh: Worker[_Job] = Worker(serve, brief)
+            fresh.send(references)
+            workers[workers.index(worker)] = fresh
+            deaths[trial.number] = deaths.get(trial.number, 0) + 1
+            if deaths[trial.number] >= ATTEMPTS:
+                reason = f"the worker process died {deaths[trial.number]} times ({how})"
+                desk.close(trial, Result("failed", reason=reason))
+                job = desk.next()
+            give(fresh, job)
     return desk.fought
 
 

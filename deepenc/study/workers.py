@@ -8,7 +8,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from deepenc.arena.record import Record
 from deepenc.processes import settle
 from deepenc.study.search import Search
 from deepenc.study.trials import Evaluator
@@ -22,7 +21,6 @@ class Brief:
         search: As text (pydantic's plugins of the user's files must be loaded before they can be named).
         cache: Folder of the victims.
         root: Root of the tuning keys and seeds.
-        references: Measured already.
         plugin_files: To be loaded first.
         threads: For torch.
     """
@@ -30,7 +28,6 @@ class Brief:
     search: dict[str, Any]
     cache: Path
     root: bytes
-    references: tuple[Record, ...]
     plugin_files: tuple[Path, ...]
     threads: int
 
@@ -44,7 +41,7 @@ class Step:
 
 
 def serve(connection: Connection, brief: Brief) -> None:
-    """Body of a worker process: takes the values of trials until the connection ends.
+    """Body of a worker process: takes the references, then the values of trials until the connection ends.
 
     Args:
         connection: To the coordinator.
@@ -52,15 +49,15 @@ def serve(connection: Connection, brief: Brief) -> None:
     """
     settle(brief.threads, brief.plugin_files)
     evaluator = Evaluator(Search.model_validate(brief.search), brief.cache, brief.root)
-    evaluator.references = brief.references
 
     def report(step: int, value: float) -> bool:
         connection.send(Step(step, value))
         return bool(connection.recv())
 
-    while True:
-        try:
+    try:
+        evaluator.references = connection.recv()
+        while True:
             values: Mapping[str, Any] = connection.recv()
             connection.send(evaluator.run(values, report))
-        except (EOFError, OSError):
-            return
+    except (EOFError, OSError):
+        return
