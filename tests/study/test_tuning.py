@@ -239,9 +239,13 @@ class Scripted:
 
     def __init__(self, body: object, brief: object) -> None:
         self.task: Any = None
+        self.references: object = None
 
     def send(self, message: object) -> None:
-        self.given.append(self.task[0].number)
+        if self.references is None:
+            self.references = message
+        else:
+            self.given.append(self.task[0].number)
 
     def receive(self) -> Result | None:
         number = self.task[0].number
@@ -266,7 +270,10 @@ def test_a_dead_worker_s_trial_is_tried_once_more(
     monkeypatch.setattr(tuning, "ready", lambda workers: [w for w in workers if w.task is not None])
     monkeypatch.setattr(Scripted, "plan", {1: 1, 2: 2})
     monkeypatch.setattr(Scripted, "given", [])
-    fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), cast(Any, None), 2)
+    brief = cast(Any, None)
+    with tuning._hired(brief, 2) as crew:
+        fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), brief, crew, ())
+        assert [worker.references for worker in cast(list[Scripted], crew)] == [(), ()], "the replaced, too"
     trials = study.get_trials()
     assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert fought == 5 and "died 2 times (SIGKILL)" in trials[2].user_attrs["reason"]
