@@ -18,7 +18,7 @@ strong = Defense(
     weights=Conditional(),
     hardening=(
         Permute(),
-        Optimise(disguise=True, stealth=10.0, steps=150, batch_size=32),
+        Optimise(disguise=True, stealth=10.0, removal=0.5, steps=150, batch_size=32),
         Drift(),
         Withhold(),
     ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import cycle
 from typing import ClassVar
 
 import numpy as np
@@ -63,9 +64,9 @@ class Optimise(Hardening):
     stealth: float = Field(0.0, ge=0)
     """Weight of a detector's penalty (norms, roughness and the like; see `deepenc.encryption.stealth`)."""
     gates: bool = False
-    """Whether to ascend the damage, too, that is left after a thief learned gates for a few steps."""
+    """Whether to ascend, in turn, the damage that is left after a thief learned gates for a few steps."""
     removal: float = Field(0.0, ge=0, lt=1)
-    """Whether to ascend the damage, too, that is left without some channels, other ones at each step: this
+    """Whether to ascend, in turn, the damage that is left without some channels, other ones each time: this
     share of a site's confusion channels, and as many real ones."""
     path: Path = "clean"
     """Where the confusion channels' own statistics are measured (see `calibrate`)."""
@@ -118,9 +119,9 @@ class Optimise(Hardening):
         thieves = [learned_gates(confusion, inputs, target, order)] if self.gates else []
         if self.removal:
             thieves.append(missing(confusion, self.removal, rng))
-        for _ in range(self.steps):
+        for _, thief in zip(range(self.steps), cycle([None, *thieves]), strict=False):
             index = next(order).to(inputs.device)
-            gates = [next(thief) for thief in thieves]
+            gates = next(thief) if thief else None
             with torch.enable_grad():
                 loss = self._loss(confusion, inputs[index], target[index], gates, detector)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
@@ -130,14 +131,18 @@ class Optimise(Hardening):
             confusion.cap(allowed)
 
     def _loss(
-        self, confusion: Confusion, inputs: Tensor, target: Tensor, gates: Sequence[Gates], detector: Detector
+        self,
+        confusion: Confusion,
+        inputs: Tensor,
+        target: Tensor,
+        gates: Gates | None,
+        detector: Detector,
     ) -> Tensor:
-        with ExitStack() as watch:
-            seen = watch.enter_context(batch_moments(confusion.network)) if self.stealth else {}
-            done = [damage(self.objective, confusion(inputs), target)]
-        done += [damage(self.objective, confusion(inputs, gates=some), target) for some in gates]
-        loss = -torch.stack(done).mean()
-        return loss + self.stealth * detector(confusion.tensors() | seen) if self.stealth else loss
+        watch: AbstractContextManager[dict[str, Tensor]]
+        watch = batch_moments(confusion.network) if self.stealth else nullcontext({})
+        with watch as seen:
+            done = damage(self.objective, confusion(inputs, gates=gates), target)
+        return self.stealth * detector(confusion.tensors() | seen) - done if self.stealth else -done
 
 
 def _scale(tensor: Tensor) -> float:

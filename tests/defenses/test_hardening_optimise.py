@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,20 @@ def test_as_many_real_channels_are_missing_as_confusion_channels(encrypted: Made
         assert float(silent.sum()) == pytest.approx(2 * 0.4 * len(forged), abs=0.1)
     one, two = (hardened(encrypted, steps=6, removal=share) for share in (0.0, 0.5))
     assert not torch.equal(one.conv1.weight, two.conv1.weight)
+
+
+def test_a_step_sees_the_whole_network_and_the_next_what_is_left(
+    encrypted: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = Confusion.__call__, []
+
+    def note(self: Confusion, *inputs: Any, gates: Any = None) -> Any:
+        seen.append(gates is None)
+        return run(self, *inputs, gates=gates)
+
+    monkeypatch.setattr(Confusion, "__call__", note)
+    hardened(encrypted, steps=5, removal=0.5)
+    assert seen == [True, False, True, False, True]
 
 
 def test_gates_are_learned_against_and_change_the_outcome(encrypted: Made) -> None:
