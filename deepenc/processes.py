@@ -75,6 +75,46 @@ class Worker(Generic[Job]):
         return f"{name}; out of memory?" if -code == signal.SIGKILL else name
 
 
+class Crew(Generic[Each]):
+    """Worker processes; all are gone when it is left.
+
+    Args:
+        size: How many.
+        start: Starts one.
+
+    Attributes:
+        workers: Those there are, once it is entered.
+    """
+
+    def __init__(self, size: int, start: Callable[[], Each]) -> None:
+        self._size, self._start = size, start
+        self.workers: list[Each] = []
+
+    def __enter__(self) -> Crew[Each]:
+        try:
+            for _ in range(self._size):
+                self._add()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.end()
+
+    def replace(self, worker: Each) -> Each:
+        """Start one for another that died."""
+        worker.end()
+        self.workers.remove(worker)
+        return self._add()
+
+    def _add(self) -> Each:
+        worker = self._start()
+        self.workers.append(worker)
+        return worker
+
+
 def ready(workers: Sequence[Each]) -> list[Each]:
     """Of the busy workers those that have said something, or died; waits for the first."""
     busy = {worker.connection: worker for worker in workers if worker.task is not None}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepenc.arena.duel import Task
 from deepenc.arena.store import Store
 from deepenc.arena.worker import Outcome, Workspace, serve
-from deepenc.processes import Worker, ready, threads
+from deepenc.processes import Crew, Worker, ready, threads
 
 if TYPE_CHECKING:
     from deepenc.arena.matrix import Progress
@@ -45,8 +46,9 @@ def fight_all(
     """
     if workers == 1:
         return _fight_here(groups, store, owner, workspace, progress)
-    with _Pool(min(workers, len(groups)), cache, plugin_files) as pool:
-        return _Coordinator(groups, store, owner, progress, pool).run()
+    size = min(workers, len(groups))
+    with Crew(size, partial(_Worker, cache, plugin_files, threads(size))) as crew:
+        return _Coordinator(groups, store, owner, progress, crew).run()
 
 
 def _fight_here(
@@ -72,57 +74,23 @@ class _Worker(Worker[Task]):
         self.encryptions = 0
 
 
-class _Pool:
-    """The worker processes; all are gone when it is left."""
-
-    def __init__(self, size: int, cache: Path, plugin_files: Sequence[Path]) -> None:
-        self._threads = threads(size)
-        self._cache, self._files, self._size = cache, plugin_files, size
-        self.workers: list[_Worker] = []
-
-    def __enter__(self) -> _Pool:
-        try:
-            for _ in range(self._size):
-                self.add()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers:
-            worker.end()
-
-    def add(self) -> _Worker:
-        """Start one more."""
-        worker = _Worker(self._cache, self._files, self._threads)
-        self.workers.append(worker)
-        return worker
-
-    def replace(self, worker: _Worker) -> _Worker:
-        """Start one for another that died."""
-        worker.end()
-        self.workers.remove(worker)
-        return self.add()
-
-
 class _Coordinator:
     """Deals out groups, one cell at a time, and stores what comes back."""
 
     def __init__(
-        self, groups: Sequence[list[Task]], store: Store, owner: str, progress: Progress, pool: _Pool
+        self, groups: Sequence[list[Task]], store: Store, owner: str, progress: Progress, crew: Crew[_Worker]
     ) -> None:
         self._groups = list(groups)
-        self._store, self._owner, self._progress, self._pool = store, owner, progress, pool
+        self._store, self._owner, self._progress, self._crew = store, owner, progress, crew
         self._deaths: dict[str, int] = {}
         self._fought = self._encryptions = 0
 
     def run(self) -> tuple[int, int]:
         """Go on until nothing is left; says how many cells were fought and encryptions made."""
-        for worker in self._pool.workers:
+        for worker in self._crew.workers:
             self._next(worker)
-        while any(worker.task is not None for worker in self._pool.workers):
-            for worker in ready(self._pool.workers):
+        while any(worker.task is not None for worker in self._crew.workers):
+            for worker in ready(self._crew.workers):
                 outcome = worker.receive()
                 if outcome is None:
                     self._died(worker)
@@ -159,7 +127,7 @@ class _Coordinator:
         """Try a dead worker's cell once more; what kills two workers has failed."""
         task, queue = worker.task, worker.queue
         assert task is not None
-        fresh = self._pool.replace(worker)
+        fresh = self._crew.replace(worker)
         deaths = self._deaths[task.identity] = self._deaths.get(task.identity, 0) + 1
         fresh.queue = queue
         if deaths < ATTEMPTS:

@@ -20,7 +20,7 @@ from deepenc.arena.record import Record
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import load_file
-from deepenc.processes import Worker, ready, threads
+from deepenc.processes import Crew, Worker, ready, threads
 from deepenc.study.outcome import Finalist, chosen, defense_of, final_experiment, finalist
 from deepenc.study.sampling import derived, identity, points, sampler
 from deepenc.study.search import CHANGEABLE, RISING, Search
@@ -119,11 +119,12 @@ def tune(
         root = bytes.fromhex(study.user_attrs["root"])
         evaluator = Evaluator(search, Path(cache), root)
         brief = Brief(_plain(search), Path(cache), root, files, threads(workers))
+        hired: Crew[Worker[_Job]] = Crew(workers if workers > 1 else 0, lambda: Worker(serve, brief))
         # Processes start while the references are measured here.
-        with _owned() as owner, _hired(brief, workers if workers > 1 else 0) as crew:
+        with _owned() as owner, hired as crew:
             references = _references(study, evaluator)
             desk = _Desk(search, study, owner, progress or Quiet())
-            fought = _there(desk, brief, crew, references) if crew else _here(desk, evaluator)
+            fought = _there(desk, crew, references) if crew.workers else _here(desk, evaluator)
         seconds = time.perf_counter() - started
         winners = chosen(search, study)
         seed = derived(study.user_attrs["root"], "fresh")
@@ -264,18 +265,7 @@ def _here(desk: _Desk, evaluator: Evaluator) -> int:
     return desk.fought
 
 
-@contextmanager
-def _hired(brief: Brief, size: int) -> Iterator[list[Worker[_Job]]]:
-    """Worker processes, which all end with the block; whoever replaces one does so in the list."""
-    workers: list[Worker[_Job]] = [Worker(serve, brief) for _ in range(size)]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.end()
-
-
-def _there(desk: _Desk, brief: Brief, workers: list[Worker[_Job]], references: tuple[Record, ...]) -> int:
+def _there(desk: _Desk, crew: Crew[Worker[_Job]], references: tuple[Record, ...]) -> int:
     """Fight in processes; a trial whose worker dies is tried once more."""
     deaths: dict[int, int] = {}
 
@@ -284,11 +274,11 @@ def _there(desk: _Desk, brief: Brief, workers: list[Worker[_Job]], references: t
         if job is not None:
             worker.send(job[1])
 
-    for worker in workers:
+    for worker in crew.workers:
         worker.send(references)
         give(worker, desk.next())
-    while any(worker.task is not None for worker in workers):
-        for worker in ready(workers):
+    while any(worker.task is not None for worker in crew.workers):
+        for worker in ready(crew.workers):
             job, said = worker.task, worker.receive()
             assert job is not None
             trial = job[0]
@@ -300,10 +290,8 @@ def _there(desk: _Desk, brief: Brief, workers: list[Worker[_Job]], references: t
                 give(worker, desk.next())
                 continue
             how = worker.death()
-            worker.end()
-            fresh: Worker[_Job] = Worker(serve, brief)
+            fresh = crew.replace(worker)
             fresh.send(references)
-            workers[workers.index(worker)] = fresh
             deaths[trial.number] = deaths.get(trial.number, 0) + 1
             if deaths[trial.number] >= ATTEMPTS:
                 reason = f"the worker process died {deaths[trial.number]} times ({how})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from typing import ClassVar
 
 import numpy as np
@@ -119,7 +119,7 @@ class Optimise(Hardening):
         thieves = [learned_gates(confusion, inputs, target, order)] if self.gates else []
         if self.removal:
             thieves.append(missing(confusion, self.removal, rng))
-        for _, thief in zip(range(self.steps), cycle([None, *thieves]), strict=False):
+        for thief in islice(cycle([None, *thieves]), self.steps):
             index = next(order).to(inputs.device)
             gates = next(thief) if thief else None
             with torch.enable_grad():

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import _loaded, load_file
+from deepenc.processes import Crew
 from deepenc.study import tuning
 from deepenc.study.outcome import importances, write
 from deepenc.study.search import Search
@@ -237,7 +238,7 @@ class Scripted:
     plan: ClassVar[dict[int, int]] = {}
     given: ClassVar[list[int]] = []
 
-    def __init__(self, body: object, brief: object) -> None:
+    def __init__(self) -> None:
         self.task: Any = None
         self.references: object = None
 
@@ -266,14 +267,12 @@ def test_a_dead_worker_s_trial_is_tried_once_more(
 ) -> None:
     search = Search.model_validate(fields(tmp_path, trials=5))
     study = open_study(search, tmp_path)
-    monkeypatch.setattr(tuning, "Worker", Scripted)
     monkeypatch.setattr(tuning, "ready", lambda workers: [w for w in workers if w.task is not None])
     monkeypatch.setattr(Scripted, "plan", {1: 1, 2: 2})
     monkeypatch.setattr(Scripted, "given", [])
-    brief = cast(Any, None)
-    with tuning._hired(brief, 2) as crew:
-        fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), brief, crew, ())
-        assert [worker.references for worker in cast(list[Scripted], crew)] == [(), ()], "the replaced, too"
+    with Crew[Any](2, Scripted) as crew:
+        fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), crew, ())
+        assert [worker.references for worker in crew.workers] == [(), ()], "the replaced, too"
     trials = study.get_trials()
     assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert fought == 5 and "died 2 times (SIGKILL)" in trials[2].user_attrs["reason"]
