@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.channels import role_rows
-from deepenc.network.sites import Role
+from deepenc.network.sites import Role, role_rows
 from deepenc.network.structure import named_tensors
 
 DEFAULTS = {Role.SCALE: 1.0, Role.SHIFT: 0.0, Role.MEAN: 0.0, Role.VARIANCE: 1.0, Role.BIAS: 0.0}

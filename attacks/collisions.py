@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.channels import slot_rows
-from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.sites import Role, Site, Slot, slot_rows
 
 ROLES = (Role.INCOMING, Role.OUTGOING)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.network.channels import role_rows
-from deepenc.network.sites import Role, Site
+from deepenc.network.sites import Role, Site, role_rows
 
 
 class Prune(Attack):

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 import deepenc
 from deepenc.errors import DeepencError
-from deepenc.network.admit import tensors_in
 from deepenc.network.find import Analysis, analyse
+from deepenc.network.tracing.admit import tensors_in
 
 MEMORY = 16 * 2**30
 SIDES = (64, 96, 128, 224)  # images are as small as a network takes them

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepenc.network.statistics import Moments, distance, norms, removed, stored
+from deepenc.network.calling import removed
+from deepenc.network.statistics import Moments, distance, norms, stored
 
 SMALL = 1e-12
 

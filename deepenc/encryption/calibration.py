@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.network.batchnorm import layers
+from deepenc.network.calling import removed
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Role
-from deepenc.network.statistics import Moments, removed
+from deepenc.network.statistics import Moments
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import Layout
 

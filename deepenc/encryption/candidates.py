@@ -24,7 +24,7 @@ from deepenc.encryption.replay import Program, State, UnfitError
 from deepenc.encryption.shelter import fill
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError
-from deepenc.network.probe import as_widened
+from deepenc.network.proving.probe import as_widened
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, fit, narrow, widened
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deepenc.network.channels import slot_rows
 from deepenc.network.gates import gated_tensors
-from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.sites import Role, Site, Slot, slot_rows
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 

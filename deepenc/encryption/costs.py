@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepenc.encryption.defense import Original
 from deepenc.encryption.tensors import shared, tensors_of
 from deepenc.errors import ConfigError, SiteError
-from deepenc.network.graph import call, to_device
+from deepenc.network.calling import call, to_device
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import Layout, insert

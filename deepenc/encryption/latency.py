@@ -20,7 +20,7 @@ from torch import nn
 from deepenc.encryption.costs import Quadratic, Sizes, images_of, widened_by
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
-from deepenc.network.graph import call
+from deepenc.network.calling import call
 from deepenc.network.structure import named_tensors
 
 MILLISECOND = 10**6

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from deepenc.encryption.confusion import Limits
-from deepenc.network.channels import slot_rows
-from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.sites import Role, Site, Slot, slot_rows
 from deepenc.network.surgery import Layout
 
 TINY = 1e-12

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.errors import SiteError
-from deepenc.network.probe import Expected, same
+from deepenc.network.proving.probe import Expected, same
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import State, named_tensors, replace_tensors
 from deepenc.network.surgery import narrow

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepenc.errors import SiteError
+from deepenc.network.calling import removed
 from deepenc.network.readers import (
     ENTRIES,
     Consumer,
@@ -31,7 +32,7 @@ from deepenc.network.readers import (
     silenced,
 )
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.statistics import Moments, distance, norms, removed, stored
+from deepenc.network.statistics import Moments, distance, norms, stored
 
 GUESSES = 4096
 """Guesses of an exhaustive search that are made at once."""

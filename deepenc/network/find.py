@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deepenc.errors import SiteError
-from deepenc.network.axes import Channels, Owner
-from deepenc.network.graph import arguments_of, trace
-from deepenc.network.proof import prove
+from deepenc.network.calling import arguments_of
+from deepenc.network.proving.proof import prove
 from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.tracing.axes import Channels, Owner
+from deepenc.network.tracing.tracer import trace
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from deepenc.errors import TraceError
-from deepenc.network.admit import admit
 from deepenc.network.following import Run
 from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.tracing.admit import admit
 
 log = logging.getLogger(__name__)
 

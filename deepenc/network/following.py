@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deepenc.network.admit import tensors_in
-from deepenc.network.graph import call
-from deepenc.network.statistics import removed
+from deepenc.network.calling import call, removed
+from deepenc.network.tracing.admit import tensors_in
 
 
 @dataclass(eq=False)

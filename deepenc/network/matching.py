@@ -16,8 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from deepenc.network.channels import slot_rows
-from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.sites import Role, Site, Slot, slot_rows
 from deepenc.network.surgery import narrow_sites
 
 State = Mapping[str, Tensor]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from deepenc.network.calling import removed
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.statistics import norms, removed
+from deepenc.network.statistics import norms
 
 ENTRIES = 2**24
 """Numbers held at once while contributions are measured."""

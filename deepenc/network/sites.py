@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+
+from torch import Tensor
+
+from deepenc.errors import SiteError
 
 
 class Role(StrEnum):
@@ -86,3 +91,33 @@ class Site:
     stream: bool = False
     contracted: bool = False
     settings: tuple[Setting, ...] = ()
+
+
+def slot_rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
+    """The entries of one slot, one row a channel.
+
+    Args:
+        tensor: The tensor that the slot is in; any tensor of its shape will do.
+        slot: Where the channels lie.
+        width: Channels of the slot's site.
+
+    Returns:
+        ``(width, features)``; a view where possible.
+
+    Raises:
+        SiteError: The slot reaches outside the tensor.
+    """
+    length = width * slot.block
+    if slot.dim >= tensor.ndim or slot.start + length > tensor.shape[slot.dim]:
+        raise SiteError(
+            f"slot [{slot.start}, {slot.start + length}) of dimension {slot.dim} does not fit tensor "
+            f"{slot.tensor!r} of shape {tuple(tensor.shape)}; is the site list of another network?"
+        )
+    return tensor.narrow(slot.dim, slot.start, length).movedim(slot.dim, 0).reshape(width, -1)
+
+
+def role_rows(state: Mapping[str, Tensor], site: Site, role: Role) -> Iterator[tuple[Slot, Tensor]]:
+    """Each slot of a role with its rows, ``(width, features)``, in the order of the site's slots."""
+    for slot in site.slots:
+        if slot.role is role:
+            yield slot, slot_rows(state[slot.tensor], slot, site.width)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.hooks import RemovableHandle
 
 from deepenc.network.batchnorm import batch_statistics
+from deepenc.network.calling import removed
 from deepenc.network.sites import Role, Site, Slot
 
 CHUNK = 64
@@ -122,16 +122,6 @@ def batch_moments(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     with removed([m.register_forward_pre_hook(partial(see, path)) for path, m in norms(network).items()]):
         yield found
-
-
-@contextmanager
-def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Take hooks away at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def observe(

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
+from deepenc.network.calling import call
 from deepenc.network.factory import Factory
-from deepenc.network.graph import call
 from deepenc.victims.cache import trained
 from deepenc.victims.cifar import Cifar10ResNet20, data_folder
 from deepenc.victims.cifar100 import cifar100

@@ -19,7 +19,7 @@ from deepenc.encryption.stealth import penalty
 from deepenc.encryption.thieves import missing
 from deepenc.errors import ConfigError
 from deepenc.network.batchnorm import batch_statistics, reestimate
-from deepenc.network.channels import slot_rows
+from deepenc.network.sites import slot_rows
 from deepenc.network.structure import named_tensors
 from defenses.hardening.optimise import Optimise
 

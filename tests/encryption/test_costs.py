@@ -11,8 +11,8 @@ from deepenc.encryption.budget import Budget, Ledger
 from deepenc.encryption.costs import Quadratic, flops
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
+from deepenc.network.calling import Arguments
 from deepenc.network.find import find_sites
-from deepenc.network.graph import Arguments
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout, insert
 from deepenc.victims.models import CifarResNet

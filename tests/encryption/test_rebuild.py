@@ -21,9 +21,9 @@ from deepenc.encryption.checkpoint import decrypt_tensors, load, save
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.key import Key
 from deepenc.errors import CheckpointError, KeyFileError
+from deepenc.network.calling import call
 from deepenc.network.factory import Factory
 from deepenc.network.find import find_sites
-from deepenc.network.graph import call
 from deepenc.network.structure import named_tensors
 
 DEFENSE = {"base": "paper-init", "name": "test", "placement": "absolute:count=2"}
@@ -65,7 +65,7 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
 REBUILD = """
 import sys, torch
 from deepenc.encryption.checkpoint import load
-from deepenc.network.graph import call
+from deepenc.network.tracing.tracer import call
 from torch.utils._pytree import tree_leaves
 outputs = {}
 for name, example in torch.load(sys.argv[1], weights_only=True).items():

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.key import Key
-from deepenc.network.admit import tensors_in
 from deepenc.network.attention import WideAttention, adapt
 from deepenc.network.find import find_sites
+from deepenc.network.tracing.admit import tensors_in
 
 EMBED, HEADS, BATCH, QUERIES, KEYS = 12, 3, 2, 5, 4
 WIDTH = EMBED // HEADS

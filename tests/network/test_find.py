@@ -11,7 +11,7 @@ from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.errors import SiteError, TraceError
 from deepenc.network.find import analyse, find_sites
-from deepenc.network.proof import prove
+from deepenc.network.proving.proof import prove
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.victims.models import CifarResNet
 

@@ -28,10 +28,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.errors import TraceError
-from deepenc.network.admit import tensors_in
+from deepenc.network.calling import call
 from deepenc.network.find import analyse, find_sites
-from deepenc.network.graph import call
 from deepenc.network.sites import Role, Site
+from deepenc.network.tracing.admit import tensors_in
 
 DEFENSE = Defense.model_validate(
     {"name": "test", "placement": {"name": "proportional", "proportion": 0.3}, "weights": "samp"}

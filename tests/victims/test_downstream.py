@@ -16,8 +16,8 @@ from torch import nn
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
+from deepenc.network.calling import call
 from deepenc.network.factory import Factory
-from deepenc.network.graph import call
 from deepenc.plugins import build
 from deepenc.victims.cifar import Cifar10ResNet20
 from deepenc.victims.data import digests

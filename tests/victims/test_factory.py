@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 from torchvision import models
 
 from deepenc.errors import ConfigError, PluginError, VictimError
+from deepenc.network.calling import call
 from deepenc.network.factory import Factory
-from deepenc.network.graph import call
 from deepenc.plugins import build
 from deepenc.victims.factory import Network, _usual
 from deepenc.victims.torchvision import Torchvision

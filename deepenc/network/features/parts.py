@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from deepenc.errors import SiteError
-from deepenc.network.channels import slot_rows
 from deepenc.network.features.ranks import Distances, distances
-from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.sites import Role, Site, Slot, slot_rows
 
 ENTRIES = 2**23
 """Entries of a slot that are looked at; of a larger one as many partners, evenly spaced (not for norms)."""

@@ -16,8 +16,8 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_leaves
 
 from deepenc.errors import TraceError
-from deepenc.network.admit import admit, tensors_in
 from deepenc.network.find import analyse, find_sites
+from deepenc.network.tracing.admit import admit, tensors_in
 from tests.network.small_networks import IMAGE, ROW, Answer, Case, convolutional, layers
 
 

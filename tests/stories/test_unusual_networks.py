@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations
 
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt
-from deepenc.network.admit import tensors_in
 from deepenc.network.find import analyse, find_sites
+from deepenc.network.tracing.admit import tensors_in
 from tests.network.small_networks import IMAGE, ROW, Answer, Case, Layers, convolutional, layers
 
 DEFENSE = Defense.model_validate(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from deepenc.network.axes import Axis
-
-if TYPE_CHECKING:
-    from deepenc.network.graph import Tracer
+from deepenc.network.tracing.axes import Axis
+from deepenc.network.tracing.known import Known
 
 Result = tuple[Axis, ...]
 One = Callable[..., Result]
@@ -40,19 +38,19 @@ def rule_of_parts(*operators: str) -> Callable[[Several], Several]:
     return register
 
 
-def unknown(tracer: Tracer, name: str, arguments: Any, outputs: list[Tensor]) -> Result:
+def unknown(known: Known, name: str, arguments: Any, outputs: list[Tensor]) -> Result:
     """Fix all axes of an operator's arguments: it is not known what it does to them."""
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, Tensor):
-            for axis in tracer.value(leaf).axes:
-                tracer.axes.fix(axis, f"operator {name} in {tracer.where} is not followed")
+            for axis in known.value(leaf).axes:
+                known.axes.fix(axis, f"operator {name} in {known.where} is not followed")
     return (None,) * outputs[0].dim()
 
 
-def drop(tracer: Tracer, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
+def drop(known: Known, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
     """The axes of a tensor, some of them fixed because the operator picks, cuts, or mixes entries."""
-    axes = list(tracer.value(x).axes)
+    axes = list(known.value(x).axes)
     for dim in dims:
-        tracer.axes.fix(axes[dim], f"{tracer.where} {why}")
+        known.axes.fix(axes[dim], f"{known.where} {why}")
         axes[dim] = None
     return axes

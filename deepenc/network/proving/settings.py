@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from deepenc.network.graph import Arguments, arguments_seen
-from deepenc.network.probe import Expected, probe
+from deepenc.network.calling import Arguments, arguments_seen
+from deepenc.network.proving.probe import Expected, probe
 from deepenc.network.sites import Role, Setting, Site
 
 Settings = tuple[Setting, ...]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.network.random_networks import (
+from tests.stories.random_networks import (
     ACTIVATIONS,
     BLOCKS,
     CHANGES,

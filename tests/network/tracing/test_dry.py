@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepenc.network.dry import DryRun
+from deepenc.network.tracing.dry import DryRun
 
 Log = list[tuple[str, list[tuple[Any, ...]]]]
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.errors import DeepencError
-from deepenc.network.admit import tensors_in
 from deepenc.network.attention import adapt
-from deepenc.network.dry import DryRun
-from deepenc.network.graph import call
+from deepenc.network.calling import call
 from deepenc.network.sites import Role, Setting, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import Layout, insert
+from deepenc.network.tracing.admit import tensors_in
+from deepenc.network.tracing.dry import DryRun
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepenc.network.axes import Axes, fold, merge, split
 from deepenc.network.sites import Role
+from deepenc.network.tracing.axes import Axes, fold, merge, split
 
 
 def test_tied_labels_are_one_channel() -> None:

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.errors import TraceError
-from deepenc.network.admit import tensors_in
+from deepenc.network.calling import call, to_device
 from deepenc.network.find import analyse, find_sites
-from deepenc.network.graph import call, to_device
 from deepenc.network.sites import Role
 from deepenc.network.structure import named_tensors
+from deepenc.network.tracing.admit import tensors_in
 
 DEFENSE = Defense.model_validate(
     {"name": "test", "placement": {"name": "proportional", "proportion": 0.3}, "weights": "samp"}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.errors import TraceError
-from deepenc.network.probe import Expected, probe, same
-from deepenc.network.settings import complete
+from deepenc.network.proving.probe import Expected, probe, same
+from deepenc.network.proving.settings import complete
 from deepenc.network.sites import Site
 from deepenc.network.structure import replace_tensors
 

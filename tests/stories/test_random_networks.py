@@ -19,8 +19,8 @@ from deepenc.network.find import Analysis, analyse
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, insert, remove
-from tests.network.random_networks import Plan, Random, Step
-from tests.network.strategies import plans
+from tests.stories.random_networks import Plan, Random, Step
+from tests.stories.strategies import plans
 
 Positions = dict[str, tuple[int, ...]]
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from deepenc.network.axes import Axis
-from deepenc.network.rules.registry import Result, rule
 from deepenc.network.sites import Role
-
-if TYPE_CHECKING:
-    from deepenc.network.graph import Tracer
-
+from deepenc.network.tracing.axes import Axis
+from deepenc.network.tracing.known import Known
+from deepenc.network.tracing.rules.registry import Result, rule
 
 _ADDITIONS = {"add", "sub", "rsub"}
 
 
-def pointwise(tracer: Tracer, name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> Result:
+def pointwise(known: Known, name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> Result:
     """Broadcast all arguments; equal positions are the same channel."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     shape = outputs[0].shape
@@ -28,25 +25,25 @@ def pointwise(tracer: Tracer, name: str, args: tuple[Any, ...], outputs: list[Te
         for tensor in tensors:
             if -dim > tensor.dim():
                 continue
-            value = tracer.value(tensor)
+            value = known.value(tensor)
             if tensor.shape[dim] != shape[dim]:
-                tracer.axes.fix(value.axes[dim], f"{tracer.where} broadcasts it")
+                known.axes.fix(value.axes[dim], f"{known.where} broadcasts it")
             else:
                 meeting.append((value.axes[dim], value.state))
-        result[dim] = _meet(tracer, name, meeting) if meeting else None
+        result[dim] = _meet(known, name, meeting) if meeting else None
     return tuple(result)
 
 
-def _meet(tracer: Tracer, name: str, meeting: list[tuple[Axis, bool]]) -> Axis:
+def _meet(known: Known, name: str, meeting: list[tuple[Axis, bool]]) -> Axis:
     axis = meeting[0][0]
     active = [a for a, state in meeting if not state]
     adds = name in _ADDITIONS and len(active) > 1
     for other, _ in meeting[1:]:
-        why = f"in {tracer.where} it meets values of fixed width"
-        axis = tracer.axes.tie(axis, other, why, addition=adds)
+        why = f"in {known.where} it meets values of fixed width"
+        axis = known.axes.tie(axis, other, why, addition=adds)
     for other, state in meeting:
         if state and active:
-            tracer.axes.role(other, Role.SHIFT if name in _ADDITIONS else Role.SCALE)
+            known.axes.role(other, Role.SHIFT if name in _ADDITIONS else Role.SCALE)
     return axis
 
 
@@ -57,16 +54,16 @@ def _meet(tracer: Tracer, name: str, meeting: list[tuple[Axis, bool]]) -> Axis:
 @rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "reflection_pad2d")
 @rule("replication_pad2d", "mkldnn_max_pool2d", "max_pool2d", "bernoulli", "fill", "zero")
 @rule("hardswish", "hardsigmoid", "mish", "log_sigmoid_forward")
-def _same(tracer: Tracer, outputs: list[Tensor], x: Tensor, *_: Any, **__: Any) -> Result:
-    return tracer.value(x).axes
+def _same(known: Known, outputs: list[Tensor], x: Tensor, *_: Any, **__: Any) -> Result:
+    return known.value(x).axes
 
 
 @rule("empty", "zeros", "ones", "full", "arange", "scalar_tensor", "linspace", "eye", "rand", "randn")
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided")
-def _fresh(tracer: Tracer, outputs: list[Tensor], *_: Any, **__: Any) -> Result:
+def _fresh(known: Known, outputs: list[Tensor], *_: Any, **__: Any) -> Result:
     return (None,) * outputs[0].dim()
 
 
 @rule("copy")
-def _copy(tracer: Tracer, outputs: list[Tensor], x: Tensor, source: Tensor, *_: Any) -> Result:
-    return pointwise(tracer, "copy", (x, source), outputs)
+def _copy(known: Known, outputs: list[Tensor], x: Tensor, source: Tensor, *_: Any) -> Result:
+    return pointwise(known, "copy", (x, source), outputs)

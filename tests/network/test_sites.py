@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from deepenc.errors import SiteError
-from deepenc.network.channels import channel_rows, slot_rows
-from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.sites import Role, Site, Slot, role_rows, slot_rows
 
 
 def test_rows_by_hand():
@@ -16,17 +15,20 @@ def test_rows_by_hand():
     incoming = Slot("a", 0, Role.INCOMING, start=1)
     outgoing = Slot("b", 1, Role.OUTGOING, start=2, block=2)
     site = Site("s", 2, (incoming, outgoing))
-    assert channel_rows(state, site, Role.INCOMING).tolist() == [[3, 4, 5], [6, 7, 8]]
+    ((slot, rows),) = role_rows(state, site, Role.INCOMING)
+    assert slot == incoming
+    assert rows.tolist() == [[3, 4, 5], [6, 7, 8]]
     # The features of a channel come in any order.
-    rows = channel_rows(state, site, Role.OUTGOING).sort(dim=1).values
-    assert rows.tolist() == [[102, 103, 109, 110], [104, 105, 111, 112]]
-    assert channel_rows(state, site, Role.BIAS).shape == (2, 0)
+    ((slot, rows),) = role_rows(state, site, Role.OUTGOING)
+    assert slot == outgoing
+    assert rows.sort(dim=1).values.tolist() == [[102, 103, 109, 110], [104, 105, 111, 112]]
+    assert not list(role_rows(state, site, Role.BIAS))
 
 
-def test_all_slots_of_a_role_are_joined():
+def test_slots_of_a_role_come_in_the_sites_order():
     state = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0], [4.0]])}
-    site = Site("s", 2, (Slot("a", 0, Role.INCOMING), Slot("b", 0, Role.INCOMING)))
-    assert channel_rows(state, site, Role.INCOMING).tolist() == [[1, 3], [2, 4]]
+    site = Site("s", 2, (Slot("b", 0, Role.INCOMING), Slot("a", 0, Role.INCOMING)))
+    assert [rows.tolist() for _, rows in role_rows(state, site, Role.INCOMING)] == [[[3], [4]], [[1], [2]]]
 
 
 @pytest.mark.parametrize(("dim", "start"), [(0, 3), (2, 0)])

@@ -1,0 +1,1 @@
+"""Believe nothing: each site is proved before it is used."""

@@ -1,0 +1,1 @@
+"""Follow channels through the operators that a network runs."""
