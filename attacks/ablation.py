@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.arena.unlabelled import inconsistency, information
 from deepenc.errors import ClaimError
-from deepenc.network.batchnorm import reestimate
 from deepenc.network.gates import gated_slots
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors

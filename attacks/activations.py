@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deepenc.analysis.activations import observe
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.network.sites import Site
-from deepenc.network.statistics import observe
 
 POSITIONS = 2**16
 """Values of a channel that are correlated with those of others; more are thinned out."""

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from deepenc.analysis.features import features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.features import features, standardised
 from deepenc.network.structure import named_tensors
 
 

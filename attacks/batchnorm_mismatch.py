@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deepenc.analysis.batchnorm import Moments, batchnorms, norm_moments, stored
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
 from deepenc.network.sites import Role, Site
-from deepenc.network.statistics import Moments, norm_moments, norms, stored
 
 LEAST = torch.finfo(torch.float32).tiny
 
@@ -40,7 +40,7 @@ class BatchnormMismatch(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         network = case.copy()
-        layers = norms(network)
+        layers = batchnorms(network)
         measured = norm_moments(network, case.unlabelled[: self.images], live=self.live)
         far = {path: mismatch(moments, stored(layers[path])) for path, moments in measured.items()}
         scores = {site.name: score for site in case.sites if (score := along(site, far)) is not None}

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from deepenc.analysis.matching import match
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.network.matching import match
 from deepenc.network.structure import named_tensors
 
 

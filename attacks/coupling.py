@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from deepenc.analysis.features import features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.features import features, standardised
 from deepenc.network.structure import named_tensors
 
 RELATIONS = ("out_given_scale", "out_given_in", "variance_given_in")

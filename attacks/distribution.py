@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from deepenc.analysis.features import Table, features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.features import Table, features, standardised
 from deepenc.network.structure import named_tensors
 
 STATISTICS = {

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Case, Claim
 from deepenc.arena.training import TrainedAttack, affordable, train
 from deepenc.errors import ClaimError
-from deepenc.network.batchnorm import reestimate
 from deepenc.victims import groups
 
 

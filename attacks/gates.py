@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Adam
 
+from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.optimise import descend
 from deepenc.arena.threat import Needs
 from deepenc.arena.unlabelled import information, mismatches
-from deepenc.network.batchnorm import reestimate
 from deepenc.network.gates import Gated
-from deepenc.network.statistics import norms
 
 # Hard-concrete gates, Louizos et al. 2018: temperature, and the interval that is cut to [0, 1].
 TEMPERATURE, LOWEST, HIGHEST = 2 / 3, -0.1, 1.1
@@ -75,7 +74,7 @@ class Gates(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         every = torch.cat([case.labelled.inputs, case.unlabelled])
-        renewed = bool(norms(case.encrypted)) and not self.freeze_norms
+        renewed = bool(batchnorms(case.encrypted)) and not self.freeze_norms
         gated = Gated(case.copy(), case.sites)
         taken = self._learn(case, gated, reserve=len(every) if renewed and self.keep == "soft" else 0)
         gates = {name: gate.detach() for name, gate in gated.gates.items()}
@@ -97,7 +96,7 @@ class Gates(Attack):
         left = case.meter.left("samples")
         steps = self.steps if left is None else min(self.steps, max(0, left - reserve) // size)
         learned = {name: torch.full_like(gate, self._first()).detach() for name, gate in gated.gates.items()}
-        before = norms(case.encrypted)
+        before = batchnorms(case.encrypted)
         if self.objective == "statistics" and not before:
             steps = 0  # nothing to agree with
 
@@ -115,7 +114,7 @@ class Gates(Attack):
                     value = torch.stack(missed).mean()
             return value.clamp_min(SMALL).log() + self._penalty(gated.gates, learned)
 
-        for layer in norms(gated.network).values():
+        for layer in batchnorms(gated.network).values():
             layer.train(not self.freeze_norms)
         taken = descend(
             case, learned.values(), loss, steps=steps, lr=self.lr, optimizer=partial(Adam, eps=self.damping)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from deepenc.analysis.consistency import Evidence, decode
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.network.consistency import Evidence, decode
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deepenc.analysis.batchnorm import Moments
+from deepenc.analysis.consistency import Evidence, decode
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
-from deepenc.network.consistency import Evidence, decode
 from deepenc.network.sites import Site
-from deepenc.network.statistics import Moments
 
 
 class Influence(Attack):

@@ -14,10 +14,10 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from deepenc.analysis.features import NAMES, Table, features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.network.features import NAMES, Table, features, standardised
 from deepenc.network.structure import named_tensors
 
 Values = NDArray[np.float64]
@@ -32,7 +32,7 @@ class Mixture(Attack):
     """Split all channels of the network into two clusters, and suspect the one of the size of ΔC.
 
     A mixture of two normal distributions (scikit-learn) is fitted to the leading principal components of
-    `deepenc.network.features`, in robust z-scores within each site, from several starts. Of all clusters
+    `deepenc.analysis.features`, in robust z-scores within each site, from several starts. Of all clusters
     found, that whose weight is nearest to ΔC / (C + ΔC) is taken for the confusion channels, be it loose or
     tight: they often are the more alike. Channels that weight decay killed are set aside, as they would be
     a cluster of their own. Needs the configuration, no data.

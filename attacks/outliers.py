@@ -15,8 +15,8 @@ from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.svm import OneClassSVM
 
+from deepenc.analysis.features import Table, features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.features import Table, features, standardised
 from deepenc.network.structure import named_tensors
 
 Values = NDArray[np.float64]
@@ -30,7 +30,7 @@ FEWEST = 8
 class Outliers(Attack):
     """Suspect outliers among the channels of a site, in all statistics of their weights together.
 
-    scikit-learn's detectors on `deepenc.network.features`, in robust z-scores. Channels that weight decay
+    scikit-learn's detectors on `deepenc.analysis.features`, in robust z-scores. Channels that weight decay
     killed are outliers too, but do no harm: they are set aside. Needs no data.
     """
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deepenc.analysis.consistency import Evidence, decode
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.network.consistency import Evidence, decode
 from deepenc.network.sites import Site
 
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from deepenc.analysis.matching import match, sites_before
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.network.matching import match, sites_before
 from deepenc.network.structure import named_tensors
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
-from deepenc.network.batchnorm import reestimate
 
 
 class Recalibrate(Attack):

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from deepenc.analysis.renormalising import bare, renormalised
 from deepenc.arena.case import Case, Claim
 from deepenc.arena.training import TrainedAttack, affordable, train
-from deepenc.network.renormalising import bare, renormalised
 
 
 class Renormalise(TrainedAttack):

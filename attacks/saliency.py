@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepenc.analysis.batchnorm import batchnorms
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
-from deepenc.network.batchnorm import layers
 from deepenc.network.gates import Gated
 
 
@@ -44,7 +44,7 @@ class Saliency(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         gated = Gated(case.copy(), case.sites)
-        for layer in layers(gated.network):
+        for layer in batchnorms(gated.network).values():
             layer.train(not self.freeze_norms)
         inputs = (case.labelled.inputs if self.objective == "loss" else case.unlabelled)[: self.images]
         slopes = [torch.zeros(len(gate), dtype=torch.float64) for gate in gated.gates.values()]

@@ -28,7 +28,7 @@ Scores = dict[str, NDArray[np.float64]]
 class Shadow(Attack):
     """Encrypt own networks with the known defense, learn to tell their confusion channels, apply that.
 
-    The classifier sees the statistics of weights of `deepenc.network.features`, in robust z-scores within
+    The classifier sees the statistics of weights of `deepenc.analysis.features`, in robust z-scores within
     each site, so that it carries over to networks of other sizes. A defense whose code is not at hand is
     stood in for by the paper's three. Under the null defense, known to insert nothing, nothing is suspected.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from deepenc.analysis.features import features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.features import features, standardised
 from deepenc.network.structure import named_tensors
 
 
@@ -13,7 +13,7 @@ class Subspace(Attack):
     """Suspect channels with little of their energy in the leading subspace of the layer's other channels.
 
     Trained rows lie near a small subspace; noise lies anywhere. Each row is compared to the others without
-    it (`deepenc.network.features.statistics.subspace`). Needs no data.
+    it (`deepenc.analysis.features.statistics.subspace`). Needs no data.
     """
 
     name: ClassVar[str] = "subspace"

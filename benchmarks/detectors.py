@@ -5,7 +5,7 @@ On the CIFAR ResNet-20 and torchvision's ResNet-152, VGG-16 and ViT-B/16 with ra
 group of statistics, and of each detector from weights alone, each in a process of its own.
 
 The loop computes the same numbers neuron by neuron with numpy, scipy and scikit-learn, one call each
-(tests/network/test_features.py holds the table to it). It takes a few channels of one site of each shape,
+(tests/analysis/test_features.py holds the table to it). It takes a few channels of one site of each shape,
 and its time is extrapolated to all channels of all sites. What need not be done for each channel again,
 such as to sort a slot, it does once a site. It reads rows that are already laid out, and of very large slots
 the same part that the table looks at; neither counts against it.
@@ -36,11 +36,11 @@ from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor, nn
 
+from deepenc.analysis.features import CHANNELS, NAMES, SIDES, Channels, features
+from deepenc.analysis.features.relations import PAIRS
 from deepenc.arena.case import Attack
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import encrypt
-from deepenc.network.features import CHANNELS, NAMES, SIDES, Channels, features
-from deepenc.network.features.relations import PAIRS
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site
 from deepenc.plugins import build
@@ -188,7 +188,7 @@ PLAIN: Mapping[str, Callable[[PlainSide, int], float | None]] = {
     "subspace": subspace,
     "cosine": cosine,
 }
-"""Statistics of one side and one channel, as in `deepenc.network.features.SIDES`; the norm is below."""
+"""Statistics of one side and one channel, as in `deepenc.analysis.features.SIDES`; the norm is below."""
 
 
 class Plain:
@@ -252,7 +252,7 @@ class Plain:
         return None if value is None else float(np.log(abs(value)))
 
     def relation(self, name: str, channel: int) -> float | None:
-        """One of `deepenc.network.features.CHANNELS`."""
+        """One of `deepenc.analysis.features.CHANNELS`."""
         roles = {"bias": Role.BIAS, "scale": Role.SCALE, "shift": Role.SHIFT, "centre": Role.MEAN}
         if name in roles:
             return self.value(roles[name], channel)

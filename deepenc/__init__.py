@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepenc.analysis.folding import fold
     from deepenc.encryption.checkpoint import Checkpoint, load, save
     from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
     from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from deepenc.encryption.objective import gain, memory, response_change
     from deepenc.errors import DeepencError
     from deepenc.network.find import find_sites
-    from deepenc.network.folding import fold
     from deepenc.network.sites import Role, Site, Slot
 
 _HOMES = {
@@ -31,7 +31,7 @@ _HOMES = {
     "deepenc.encryption.objective": ("gain", "memory", "response_change"),
     "deepenc.errors": ("DeepencError",),
     "deepenc.network.find": ("find_sites",),
-    "deepenc.network.folding": ("fold",),
+    "deepenc.analysis.folding": ("fold",),
     "deepenc.network.sites": ("Role", "Site", "Slot"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -18,8 +18,9 @@ CORE = {
     "deepenc.plugins": {"deepenc.errors"},
     "deepenc.processes": {"deepenc.errors", "deepenc.plugins"},
     "deepenc.network": {"deepenc.errors", "deepenc.plugins"},
-    "deepenc.encryption": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
-    "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network"},
+    "deepenc.analysis": {"deepenc.errors", "deepenc.network"},
+    "deepenc.encryption": {"deepenc.errors", "deepenc.plugins", "deepenc.network", "deepenc.analysis"},
+    "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network", "deepenc.analysis"},
 }
 PLUGINS = {"defenses": {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}}
 CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes"}

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deepenc.analysis.features import features, standardised
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import encrypt
-from deepenc.network.features import features, standardised
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
 
@@ -43,7 +43,7 @@ class Own:
             defense: One that inserts something.
             secret: 32 bytes.
             data: Inputs, for a defense that wants some; None or empty where there are none.
-            names: Features wanted, as for `deepenc.network.features.features`.
+            names: Features wanted, as for `deepenc.analysis.features.features`.
         """
         if data is not None:
             data = data.to(next(self.network.parameters()).device) if len(data) else None
@@ -87,7 +87,7 @@ def described(
     Args:
         tensors: Of a network, by name.
         sites: Its sites.
-        names: As for `deepenc.network.features.features`.
+        names: As for `deepenc.analysis.features.features`.
     """
     return {
         name: dict(zip(table.names, standardised(table).numpy().T, strict=True))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deepenc.analysis.batchnorm import Moments, batchnorms, distance, stored
 from deepenc.network.calling import removed
-from deepenc.network.statistics import Moments, distance, norms, stored
 
 SMALL = 1e-12
 
@@ -52,13 +52,15 @@ def mismatches(network: nn.Module, before: Mapping[str, _BatchNorm]) -> Iterator
         layer = before[path]
         found.append(distance(moments, stored(layer), layer.eps).log1p().mean())
 
-    handles = [layer.register_forward_pre_hook(partial(see, path)) for path, layer in norms(network).items()]
+    handles = [
+        layer.register_forward_pre_hook(partial(see, path)) for path, layer in batchnorms(network).items()
+    ]
     with removed(handles):
         yield found
 
 
 def inconsistency(network: nn.Module, inputs: Tensor) -> float:
     """Mean over BatchNorm layers of `mismatches` with the layers' own statistics; 0 without such layers."""
-    with torch.no_grad(), mismatches(network, norms(network)) as missed:
+    with torch.no_grad(), mismatches(network, batchnorms(network)) as missed:
         network(inputs)
     return float(torch.stack(missed).mean()) if missed else 0.0

@@ -9,11 +9,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from deepenc.network.batchnorm import layers
+from deepenc.analysis.batchnorm import Moments, batchnorms
 from deepenc.network.calling import removed
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Role
-from deepenc.network.statistics import Moments
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import Layout
 
@@ -65,7 +64,7 @@ def calibrate(network: nn.Module, layout: Layout, inputs: Tensor, path: Path) ->
 
 def _entries(network: nn.Module, layout: Layout) -> dict[str, Mapping[Role, Tensor]]:
     """Path of each BatchNorm layer that has confusion channels, and their entries in its statistics."""
-    known = set(layers(network))
+    known = set(batchnorms(network).values())
     paths = {path for path, module in network.named_modules() if module in known}
     found: dict[str, dict[Role, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for site in layout.sites:

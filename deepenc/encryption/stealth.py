@@ -45,7 +45,7 @@ def penalty(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
 
     Args:
         tensors: The encrypted network's, by name, whole: parameters, and what BatchNorm sees of a batch
-            (`deepenc.network.statistics.batch_moments`); those not given are not looked at.
+            (`deepenc.analysis.batchnorm.batch_moments`); those not given are not looked at.
         layout: Where the victim's entries lie in them.
 
     Returns:
@@ -184,7 +184,7 @@ def _distribution(rows: Tensor) -> list[Tensor]:
 def _share(rows: Tensor, real: Sequence[int]) -> Tensor:
     """Share of each row's energy in the soft leading subspace of the real rows other than itself.
 
-    As `deepenc.network.features` has it (``subspace``).
+    As `deepenc.analysis.features` has it (``subspace``).
     """
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(TINY)
     known = unit[list(real)].detach()
@@ -216,7 +216,7 @@ def _roughness(kernels: Tensor) -> Tensor:
 def _profile(energies: Tensor) -> Tensor:
     """How well the other channels' energies over the other layer's, ``(width, others)``, fit each row's.
 
-    As `deepenc.network.features` has it (``profile``).
+    As `deepenc.analysis.features` has it (``profile``).
     """
     own = energies / energies.mean(1, keepdim=True).clamp_min(TINY)
     others = (own.sum(0) - own) / (len(own) - 1) + 1e-6

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 from torch import nn
 
+from deepenc.analysis.folding import folding
 from deepenc.errors import ConfigError
-from deepenc.network.folding import folding
 from deepenc.victims.cifar import Cifar10ResNet20
 from deepenc.victims.data import checksum
 from deepenc.victims.victim import Victim, VictimSource, source_of

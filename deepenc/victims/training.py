@@ -15,8 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from deepenc.analysis.batchnorm import batchnorms
 from deepenc.errors import ConfigError, near
-from deepenc.network.batchnorm import layers
 from deepenc.victims.augment import cropped, flipped, shifted
 from deepenc.victims.victim import Images
 
@@ -133,7 +133,7 @@ def fit(
             _channels_last(network, images.inputs) as channels_last,
         ):
             network.train()
-            for norm in layers(network) if recipe.eval_norms else ():
+            for norm in batchnorms(network).values() if recipe.eval_norms else ():
                 norm.eval()
             for parameter in wanted:
                 parameter.requires_grad_(parameter in factors)

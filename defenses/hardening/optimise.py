@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from deepenc.analysis.batchnorm import batch_moments, batch_statistics
 from deepenc.encryption.calibration import Path, calibrate
 from deepenc.encryption.confusion import Confusion, limits
 from deepenc.encryption.damage import Objective, damage, outputs
@@ -21,8 +22,6 @@ from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.inputs import batches, draw
 from deepenc.encryption.stealth import Disguise, penalty
 from deepenc.encryption.thieves import Gates, learned_gates, missing
-from deepenc.network.batchnorm import batch_statistics
-from deepenc.network.statistics import batch_moments
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 

@@ -10,11 +10,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.inputs import draw
 from deepenc.errors import ConfigError
-from deepenc.network.batchnorm import reestimate
-from deepenc.network.statistics import norms
 from deepenc.network.surgery import Layout
 
 
@@ -42,7 +41,9 @@ class Withhold(Hardening):
     def withholds(self, original: Original) -> Collection[str]:
         """All running means and variances."""
         return [
-            f"{path}.{kind}" for path in norms(original.model) for kind in ("running_mean", "running_var")
+            f"{path}.{kind}"
+            for path in batchnorms(original.model)
+            for kind in ("running_mean", "running_var")
         ]
 
     def harden(
@@ -53,7 +54,7 @@ class Withhold(Hardening):
         Raises:
             ConfigError: There are no images, or the network has no running statistics.
         """
-        layers = norms(network).values()
+        layers = batchnorms(network).values()
         if not layers:
             raise ConfigError(
                 "hardening 'withhold' changes nothing: no BatchNorm keeps running statistics in "

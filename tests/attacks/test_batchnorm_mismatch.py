@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from attacks.batchnorm_mismatch import BatchnormMismatch, along, mismatch
+from deepenc.analysis.batchnorm import Moments, reestimate
 from deepenc.arena.metrics import checked_scores
 from deepenc.arena.selftest import selftest
-from deepenc.network.batchnorm import reestimate
 from deepenc.network.sites import Role
-from deepenc.network.statistics import Moments
 
 
 def wrong_statistics(slot, shape, victim, generator):

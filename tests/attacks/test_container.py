@@ -12,10 +12,10 @@ import torch
 
 import deepenc
 from attacks.container import Container, unusual
+from deepenc.analysis.storage import among, hidden, shared_bits, subnormal, trailing_zeros
 from deepenc.arena.case import Case
 from deepenc.arena.metrics import checked_scores
 from deepenc.encryption.defense import Defense
-from deepenc.network.storage import among, hidden, shared_bits, subnormal, trailing_zeros
 
 BOTH = {"conv1": 1.0, "conv2": 1.0}
 SAMP = {

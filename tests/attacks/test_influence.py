@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from attacks.influence import Influence, missed
+from deepenc.analysis.batchnorm import Moments
+from deepenc.analysis.consistency import Evidence
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.metrics import checked_scores, detection
 from deepenc.arena.planted import planted_defense, planted_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
-from deepenc.network.consistency import Evidence
-from deepenc.network.statistics import Moments
 from defenses.hardening.withhold import Withhold
 
 CPU = torch.device("cpu")

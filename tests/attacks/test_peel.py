@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from attacks.peel import Peel, peeled, suspicion, swapped
+from deepenc.analysis.batchnorm import Moments
+from deepenc.analysis.consistency import Evidence, verify
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
@@ -17,8 +19,6 @@ from deepenc.arena.selftest import selftest
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError, OutOfBudget
-from deepenc.network.consistency import Evidence, verify
-from deepenc.network.statistics import Moments
 
 CPU = torch.device("cpu")
 

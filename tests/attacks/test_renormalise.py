@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from attacks.chain import fits
 from attacks.finetune import Finetune
 from attacks.renormalise import Renormalise
-from deepenc.network.folding import fold
-from deepenc.network.renormalising import bare, renormalised
+from deepenc.analysis.folding import fold
+from deepenc.analysis.renormalising import bare, renormalised
 from deepenc.network.sites import Role
 
 SMALL = {"steps": 4, "lr": 0.05}

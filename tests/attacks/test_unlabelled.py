@@ -10,8 +10,8 @@ import torch
 from scipy.stats import entropy as scipy_entropy
 from torch import nn
 
+from deepenc.analysis.batchnorm import batchnorms, norm_moments
 from deepenc.arena.unlabelled import inconsistency, information, mismatches
-from deepenc.network.statistics import norm_moments, norms
 
 
 def test_information_against_scipy():
@@ -34,7 +34,7 @@ def test_mismatches_are_nothing_where_statistics_are_right(plant, live):
     network.bn1.train(live)
 
     def mismatch():
-        with torch.no_grad(), mismatches(network, norms(case.encrypted)) as found:
+        with torch.no_grad(), mismatches(network, batchnorms(case.encrypted)) as found:
             network(case.unlabelled)
         return [float(value) for value in found]
 

@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepenc.analysis.batchnorm import batch_moments, batch_statistics
+from deepenc.analysis.features import features
 from deepenc.encryption.confusion import Confusion, forged_mask, limits
 from deepenc.encryption.stealth import Disguise, _statistics, _table, penalty
-from deepenc.network.batchnorm import batch_statistics
-from deepenc.network.features import features
 from deepenc.network.gates import Gated
 from deepenc.network.sites import Role, Site, slot_rows
-from deepenc.network.statistics import batch_moments
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, fit, widen, widened
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepenc.analysis.batchnorm import batch_statistics, reestimate
 from deepenc.arena.contract_defenses import hardening_checks
 from deepenc.arena.hosts import Noise, TwoEach
 from deepenc.arena.tiny import tiny_subject
@@ -18,7 +19,6 @@ from deepenc.encryption.key import Key
 from deepenc.encryption.stealth import penalty
 from deepenc.encryption.thieves import missing
 from deepenc.errors import ConfigError
-from deepenc.network.batchnorm import batch_statistics, reestimate
 from deepenc.network.sites import slot_rows
 from deepenc.network.structure import named_tensors
 from defenses.hardening.optimise import Optimise

@@ -25,7 +25,7 @@ from deepenc.network.tracing.known import Known, Value
 from deepenc.network.tracing.rules import apply
 
 
-class Tracer(DryRun):
+class Tracer(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Applies the rule of each operator as it is called."""
 
     def __init__(self, known: Known) -> None:

@@ -16,8 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision import models
 
 import deepenc
+from deepenc.analysis.folding import absorb, fold, folding
 from deepenc.errors import TraceError
-from deepenc.network.folding import absorb, fold, folding
 from deepenc.victims.models import CifarResNet
 
 
@@ -349,7 +349,7 @@ def test_a_wrong_fold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         norm.running_mean.zero_()
         absorb(layer, norm)
 
-    monkeypatch.setattr("deepenc.network.folding.absorb", forgetful)
+    monkeypatch.setattr("deepenc.analysis.folding.absorb", forgetful)
     with pytest.raises(TraceError, match="computes something else: expected outputs within"):
         fold(randomised(Pair(in_order)), noise(1, 4, 6, 6))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from deepenc.analysis.following import Run
 from deepenc.errors import TraceError
-from deepenc.network.following import Run
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.tracing.admit import admit
 

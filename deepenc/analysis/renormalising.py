@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from deepenc.analysis.batchnorm import Moments
+from deepenc.analysis.folding import absorb, rescale
 from deepenc.network.calling import removed
-from deepenc.network.folding import absorb, rescale
-from deepenc.network.statistics import Moments
 
 NAME = "_norm_behind"
 """Of the BatchNorm, as a part of its convolution."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from deepenc.network.features import statistics
-from deepenc.network.features.parts import Channels
-from deepenc.network.features.statistics import TINY
+from deepenc.analysis.features import statistics
+from deepenc.analysis.features.parts import Channels
+from deepenc.analysis.features.statistics import TINY
 from deepenc.network.sites import Role
 
 PAIRS = 1024

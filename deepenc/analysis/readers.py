@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from deepenc.analysis.batchnorm import batchnorms
 from deepenc.network.calling import removed
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.statistics import norms
 
 ENTRIES = 2**24
 """Numbers held at once while contributions are measured."""
@@ -72,7 +72,7 @@ def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[s
     slots = {site.name: outgoing(modules, site) for site in sites}
     consumers = {path for places in slots.values() for path, _ in places}
     handles = [modules[path].register_forward_hook(partial(made, path)) for path in consumers]
-    for path, norm in norms(network).items():
+    for path, norm in batchnorms(network).items():
         handles.append(norm.register_forward_pre_hook(partial(normalised, path)))
     with removed(handles), torch.no_grad():
         network(inputs)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepenc.analysis.features import relations, statistics
+from deepenc.analysis.features.parts import Channels, Side
 from deepenc.errors import ConfigError, near
-from deepenc.network.features import relations, statistics
-from deepenc.network.features.parts import Channels, Side
 from deepenc.network.sites import Site
 
 SIDES: Mapping[str, Callable[[Side], Tensor | None]] = {

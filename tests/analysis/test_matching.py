@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deepenc
-from deepenc.network.matching import TRUSTED, assign, cosines, match, rescaling, sites_before
+from deepenc.analysis.matching import TRUSTED, assign, cosines, match, rescaling, sites_before
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, insert
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepenc.analysis import consistency, readers
+from deepenc.analysis.batchnorm import Moments, batchnorms, distance, norm_moments, stored
+from deepenc.analysis.consistency import decode, evidence_of, verify
 from deepenc.errors import SiteError
-from deepenc.network import consistency, readers
-from deepenc.network.consistency import decode, evidence_of, verify
 from deepenc.network.find import find_sites
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Role, Site
-from deepenc.network.statistics import Moments, distance, norm_moments, norms, stored
 from deepenc.network.structure import named_tensors, replace_tensors
 
 
@@ -52,7 +52,7 @@ def inputs() -> Tensor:
 def network() -> nn.Module:
     torch.manual_seed(0)
     network = Dense().eval()
-    for norm in norms(network).values():
+    for norm in batchnorms(network).values():
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2.0)
     return network
@@ -69,7 +69,7 @@ def slow(network, site, kept, inputs, *, own):
     changed = gated_tensors(tensors, [site], {site.name: kept})
     measured = norm_moments(replace_tensors(network, {**tensors, **changed}), inputs)
     behind = {"conv1": ["norm"], "conv2": ["norm3"], "side": ["norm3"], "conv3": ["norm4"]}[site.name]
-    layers = norms(network)
+    layers = batchnorms(network)
     rows = torch.cat([distance(measured[n], stored(layers[n]), layers[n].eps) for n in behind])
     cost = rows.log1p().sum()
     for slot in site.slots:

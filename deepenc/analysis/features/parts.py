@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deepenc.analysis.features.ranks import Distances, distances
 from deepenc.errors import SiteError
-from deepenc.network.features.ranks import Distances, distances
 from deepenc.network.sites import Role, Site, Slot, slot_rows
 
 ENTRIES = 2**23

@@ -1,22 +1,19 @@
-"""What a network computes on given inputs: what its BatchNorm layers see, and its channels' values."""
+"""BatchNorm: which layers keep running statistics, what they see on given inputs, and re-estimating them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from deepenc.network.batchnorm import batch_statistics
 from deepenc.network.calling import removed
-from deepenc.network.sites import Role, Site, Slot
 
 CHUNK = 64
 """Inputs at a time."""
@@ -72,7 +69,7 @@ def stored(layer: _BatchNorm) -> Moments:
     return Moments(mean.detach().double(), variance.detach().double())
 
 
-def norms(network: nn.Module) -> dict[str, _BatchNorm]:
+def batchnorms(network: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers that keep running statistics, by path."""
     return {
         path: module
@@ -92,7 +89,7 @@ def norm_moments(network: nn.Module, inputs: Tensor, *, live: bool = False) -> d
     Returns:
         Path of the layer to its statistics; layers that the network does not run are left out.
     """
-    layers = norms(network)
+    layers = batchnorms(network)
     seen: dict[str, list[tuple[Moments, int]]] = {}
 
     def see(path: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -120,63 +117,61 @@ def batch_moments(network: nn.Module) -> Iterator[dict[str, Tensor]]:
         flat = given[0].transpose(0, 1).flatten(1)
         found[f"{path}.running_mean"], found[f"{path}.running_var"] = flat.mean(1), flat.var(1, correction=0)
 
-    with removed([m.register_forward_pre_hook(partial(see, path)) for path, m in norms(network).items()]):
+    with removed(
+        [m.register_forward_pre_hook(partial(see, path)) for path, m in batchnorms(network).items()]
+    ):
         yield found
 
 
-def observe(
-    network: nn.Module, sites: Sequence[Site], inputs: Tensor, see: Callable[[Site, Tensor], Any]
-) -> None:
-    """Show the values of every site's channels: as a consumer sees them, else as their producer makes them.
+def reestimate(network: nn.Module, inputs: Tensor) -> None:
+    """Replace all running statistics by those of the given inputs, in place.
+
+    Every layer sees inputs that the layers before it normalised by the batch, as in training. All else
+    (dropout, modes, momentum, gradients) is as before.
 
     Args:
-        network: In eval mode; it stays as it is. Its hooks run.
-        sites: Its sites; one whose layers are run by no module of their own is not shown.
-        inputs: ``(images, ...)``, run at once.
-        see: Called with each site and its values, ``(images, width, positions)``, once a site.
+        network: Any network; one without BatchNorm stays as it is.
+        inputs: ``(images, ...)``, at least two.
     """
-    shown: set[str] = set()
-
-    def show(site: Site, slot: Slot, dim: int, _: nn.Module, *passing: Any) -> None:
-        values = passing[-1][0] if isinstance(passing[-1], tuple) and passing[-1] else passing[-1]
-        if site.name in shown or not isinstance(values, Tensor):
-            return
-        shown.add(site.name)
-        see(site, _channels(values.detach(), len(inputs), site, slot, dim))
-
-    handles = []
-    modules = dict(network.named_modules())
-    for site in sites:
-        for slot, module, dim in _places(modules, site):
-            hook = partial(show, site, slot, dim)
-            if slot.role is Role.OUTGOING:
-                handles.append(module.register_forward_pre_hook(hook))
-            else:
-                handles.append(module.register_forward_hook(hook))
-    with removed(handles), torch.no_grad():
-        network(inputs)
+    found = list(batchnorms(network).values())
+    if not found:
+        return
+    with torch.no_grad(), _measuring(network, found):
+        for chunk in inputs.tensor_split(math.ceil(len(inputs) / CHUNK)):
+            network(chunk)
 
 
-def _places(modules: Mapping[str, nn.Module], site: Site) -> Iterator[tuple[Slot, nn.Module, int]]:
-    """Where a site's values are seen: a slot, its module, and the dimension of the channels there."""
-    owned = [(slot, modules.get(slot.tensor.rpartition(".")[0])) for slot in site.slots]
-    for slot, module in owned:
-        grouped = isinstance(module, _ConvNd) and module.groups > 1
-        if slot.role is Role.OUTGOING and isinstance(module, _ConvNd | nn.Linear) and not grouped:
-            yield slot, module, 1 if isinstance(module, _ConvNd) else -1
-            return
-    for role in (Role.SCALE, Role.SHIFT, Role.BIAS, Role.INCOMING):  # who touches them last comes first
-        for slot, module in reversed(owned):
-            if slot.role is role and module is not None:
-                yield slot, module, 1 if isinstance(module, _ConvNd | _BatchNorm) else -1
-                return
+@contextmanager
+def _measuring(network: nn.Module, found: list[_BatchNorm]) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    momenta = {layer: layer.momentum for layer in found}
+    network.eval()
+    for layer in found:
+        layer.reset_running_stats()
+        layer.train()
+        layer.momentum = None  # a cumulative average: every chunk counts alike
+    try:
+        yield
+    finally:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def _channels(values: Tensor, images: int, site: Site, slot: Slot, dim: int) -> Tensor:
-    """A site's part of an activation, ``(images, width, positions)``."""
-    part = values.narrow(dim, slot.start, site.width * slot.block).movedim(dim, 1)
-    part = part.reshape(len(part), site.width, -1)
-    if len(part) == images or len(part) % images:
-        return part
-    # Windows of an image lie one after the other in the first dimension.
-    return part.reshape(images, -1, *part.shape[1:]).transpose(1, 2).flatten(2)
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers normalise by the batch, and neither use nor change their running statistics.
+
+    It is what whoever measures the statistics anew sees. Modes, momenta and flags are as before afterwards.
+    """
+    every = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    before = [(layer, layer.training, layer.track_running_stats) for layer in every]
+    try:
+        for layer in every:
+            # In this mode running statistics are neither used nor changed.
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for layer, training, track in before:
+            layer.training, layer.track_running_stats = training, track

@@ -12,9 +12,9 @@ import torch
 from scipy import stats
 from torch import nn
 
+from deepenc.analysis.features import CHANNELS, NAMES, SIDES, Channels, features, parts, robust, standardised
+from deepenc.analysis.features.ranks import decode, distances, encode
 from deepenc.errors import ConfigError, SiteError
-from deepenc.network.features import CHANNELS, NAMES, SIDES, Channels, features, parts, robust, standardised
-from deepenc.network.features.ranks import decode, distances, encode
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors

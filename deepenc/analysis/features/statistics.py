@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepenc.network.features.parts import Part, Side
+from deepenc.analysis.features.parts import Part, Side
 
 TINY = 1e-30
 """What logarithms take for zero."""

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepenc.errors import SiteError
-from deepenc.network.calling import removed
-from deepenc.network.readers import (
+from deepenc.analysis.batchnorm import Moments, batchnorms, distance, stored
+from deepenc.analysis.readers import (
     ENTRIES,
     Consumer,
     Reader,
@@ -31,8 +30,9 @@ from deepenc.network.readers import (
     readers,
     silenced,
 )
+from deepenc.errors import SiteError
+from deepenc.network.calling import removed
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.statistics import Moments, distance, norms, stored
 
 GUESSES = 4096
 """Guesses of an exhaustive search that are made at once."""
@@ -165,7 +165,7 @@ def decode(
     """
     run = _Pass(network, readers(network, sites, inputs[:2]), solve, own)
     modules = dict(network.named_modules())
-    handles = [layer.register_forward_pre_hook(run.normalised) for layer in norms(network).values()]
+    handles = [layer.register_forward_pre_hook(run.normalised) for layer in batchnorms(network).values()]
     for site in sites:
         for path, slot in outgoing(modules, site):
             handles.append(modules[path].register_forward_pre_hook(partial(run.read, site, slot)))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepenc.analysis.activations import observe
+from deepenc.analysis.batchnorm import Moments, distance, norm_moments, pooled
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.network.statistics import Moments, distance, norm_moments, observe, pooled
 
 
 class Net(nn.Module):

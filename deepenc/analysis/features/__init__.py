@@ -4,8 +4,8 @@
 the kernels of each channel of a site are.
 """
 
-from deepenc.network.features.parts import Channels, Part, Side
-from deepenc.network.features.table import (
+from deepenc.analysis.features.parts import Channels, Part, Side
+from deepenc.analysis.features.table import (
     CHANNELS,
     NAMES,
     SIDES,
