@@ -13,7 +13,7 @@ from torch import Tensor
 from deepenc.analysis.storage import among, bits, hidden, shared_bits, subnormal, trailing_zeros
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.encryption.defense import Defense, Gap, Neurons
-from deepenc.encryption.secret import derive_positions, derive_rng, secret_of
+from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
 from deepenc.errors import DeepencError
 from deepenc.network.sites import Role, Site, Slot, slot_rows
 from deepenc.network.structure import named_tensors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepenc.arena.case import Case, Claim
 from deepenc.arena.training import TrainedAttack, affordable, train
-from deepenc.encryption.allocation import Patterns, select
+from deepenc.encryption.cost.allocation import Patterns, select
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors
 from deepenc.victims.training import Recipe

@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deepenc.encryption.sharded.shards import INDEX, Entry, header_of
+from deepenc.encryption.disk.sharded.shards import INDEX, Entry, header_of
 
 HIDDEN, WIDE, WORDS, HEADS = 5120, 13824, 32000, 40
 SHARD = 5 * 10**9
@@ -132,8 +132,8 @@ def timed(command: list[str], read: Path, written: Path) -> tuple[float, float, 
 
 def work(what: str, source: Path, target: Path) -> None:
     """Encrypt or decrypt; in a process of its own."""
-    from deepenc.encryption.key import load_key, save_key
-    from deepenc.encryption.sharded.checkpoint import decrypt_checkpoint, encrypt_checkpoint, sites_of
+    from deepenc.encryption.disk.sharded.checkpoint import decrypt_checkpoint, encrypt_checkpoint, sites_of
+    from deepenc.encryption.keys.key import load_key, save_key
 
     if what == "encrypt":
         save_key(encrypt_checkpoint(source, target, DEFENSE, seed=0), key_of(target), "bench")

@@ -1,4 +1,4 @@
-"""Candidates of Equation 1 a second: `deepenc.encryption.candidates` beside a network built for each.
+"""Candidates of Equation 1 a second: `response.candidates` beside a network built for each.
 
 From an allocation with some channels at every site, the response with one more channel at each of some
 sites. The slow path copies the victim, encrypts the copy, and runs both whole on the same images, as
@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepenc.encryption.candidates import Candidates
 from deepenc.encryption.defense import Original
 from deepenc.encryption.encrypt import encrypt
-from deepenc.encryption.objective import response_change
+from deepenc.encryption.response.candidates import Candidates
+from deepenc.encryption.response.objective import response_change
 from deepenc.network.find import find_sites
 from deepenc.plugins import build
 from deepenc.victims.models import CifarResNet

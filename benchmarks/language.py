@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import deepenc
-from deepenc.encryption.objective import memory
+from deepenc.encryption.cost.costs import memory
 from deepenc.network.find import analyse
 
 DEFENSES = ("paper-samp", "paper-init", "paper-mixed")

@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepenc.analysis.folding import fold
-    from deepenc.encryption.checkpoint import Checkpoint, load, save
+    from deepenc.encryption.cost.costs import memory
     from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
+    from deepenc.encryption.disk.checkpoint import Checkpoint, load, save
     from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
-    from deepenc.encryption.key import Key, load_key, save_key
-    from deepenc.encryption.objective import gain, memory, response_change
+    from deepenc.encryption.keys.key import Key, load_key, save_key
+    from deepenc.encryption.response.objective import gain, response_change
     from deepenc.errors import DeepencError
     from deepenc.network.find import find_sites
     from deepenc.network.sites import Role, Site, Slot
 
 _HOMES = {
-    "deepenc.encryption.checkpoint": ("Checkpoint", "load", "save"),
+    "deepenc.encryption.disk.checkpoint": ("Checkpoint", "load", "save"),
     "deepenc.encryption.defense": ("Defense", "Hardening", "Placement", "Weights"),
     "deepenc.encryption.encrypt": ("decrypt", "encrypt", "reshelter"),
-    "deepenc.encryption.key": ("Key", "load_key", "save_key"),
-    "deepenc.encryption.objective": ("gain", "memory", "response_change"),
+    "deepenc.encryption.keys.key": ("Key", "load_key", "save_key"),
+    "deepenc.encryption.cost.costs": ("memory",),
+    "deepenc.encryption.response.objective": ("gain", "response_change"),
     "deepenc.errors": ("DeepencError",),
     "deepenc.network.find": ("find_sites",),
     "deepenc.analysis.folding": ("fold",),

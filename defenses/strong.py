@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepenc.encryption.budget import Budget
+from deepenc.encryption.cost.budget import Budget
 from deepenc.encryption.defense import Defense
 from defenses.hardening.drift import Drift
 from defenses.hardening.optimise import Optimise

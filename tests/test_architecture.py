@@ -79,7 +79,7 @@ def test_imports_follow_the_rules() -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("deepenc/network/bad.py", "from deepenc.encryption.key import Key"),
+        ("deepenc/network/bad.py", "from deepenc.encryption.keys.key import Key"),
         ("deepenc/errors.py", "from deepenc import plugins"),
         ("deepenc/arena/bad.py", "import attacks.null"),
         ("deepenc/victims/bad.py", "from deepenc.arena.case import Case"),

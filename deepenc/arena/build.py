@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from deepenc.arena.case import Case, Release
 from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
+from deepenc.encryption.cost.costs import memory
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import encrypt, reshelter
-from deepenc.encryption.key import Key
-from deepenc.encryption.objective import memory
+from deepenc.encryption.keys.key import Key
 from deepenc.encryption.tensors import tensors_of
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site

@@ -19,7 +19,7 @@ from deepenc.arena.plan import Cell, Entry
 from deepenc.arena.selftest import selftest
 from deepenc.arena.threat import Threat
 from deepenc.arena.tiny import TinySource, tiny_subject
-from deepenc.encryption.key import Key
+from deepenc.encryption.keys.key import Key
 from deepenc.errors import OutOfBudget
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
-from deepenc.encryption.secret import derive_positions, secret_of
+from deepenc.encryption.keys.secret import derive_positions, secret_of
 from deepenc.network.sites import Site
 from deepenc.network.surgery import narrow_sites
 

@@ -15,8 +15,8 @@ from deepenc.errors import ConfigError, KeyFileError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-    from deepenc.encryption.key import Key
-    from deepenc.encryption.sharded.rewrite import Progress as Told
+    from deepenc.encryption.disk.sharded.rewrite import Progress as Told
+    from deepenc.encryption.keys.key import Key
 
 
 def only(folder: str | Path, more: Path | None) -> Path:
@@ -61,9 +61,9 @@ def encrypt(
         CheckpointError: As `encrypt_checkpoint` raises it, and its others.
     """
     from deepenc.encryption.defense import Defense
-    from deepenc.encryption.key import load_key, save_key
-    from deepenc.encryption.sharded.checkpoint import encrypt_checkpoint
-    from deepenc.encryption.sharded.partial import partial_of
+    from deepenc.encryption.disk.sharded.checkpoint import encrypt_checkpoint
+    from deepenc.encryption.disk.sharded.partial import partial_of
+    from deepenc.encryption.keys.key import load_key, save_key
 
     chosen = Defense.of(defense)
     record = key.with_name(f".{key.name}.partial")
@@ -123,8 +123,8 @@ def decrypt(
         KeyFileError: The key does not open, or is another network's.
         CheckpointError: As `decrypt_checkpoint` raises it.
     """
-    from deepenc.encryption.key import load_key
-    from deepenc.encryption.sharded.checkpoint import decrypt_checkpoint, sites_of
+    from deepenc.encryption.disk.sharded.checkpoint import decrypt_checkpoint, sites_of
+    from deepenc.encryption.keys.key import load_key
 
     made = load_key(key, passphrase, sites_of(source), identity=identity)
     with _progress("decrypting") as progress:
@@ -134,7 +134,7 @@ def decrypt(
 
 def _secret(record: Path, passphrase: str, about: dict[str, str]) -> bytes:
     """The secret of an interrupted run, or a new one, sealed into the record before it is used."""
-    from deepenc.encryption.sealing import lock, unlock
+    from deepenc.encryption.keys.sealing import lock, unlock
 
     try:
         if not record.exists():

@@ -45,11 +45,12 @@ def inspect(
 
 
 def _inspect_folder(folder: Path) -> None:
-    from deepenc.encryption import checkpoint
-    from deepenc.encryption.sharded.shards import INDEX
+    from deepenc.encryption.disk import checkpoint
+    from deepenc.encryption.disk.header import HEADER, read_header
+    from deepenc.encryption.disk.sharded.shards import INDEX
 
     whole = not (folder / INDEX).exists()  # of a network in several files the header must do
-    stored = checkpoint.load(folder) if whole else checkpoint.read_header(folder / checkpoint.HEADER)
+    stored = checkpoint.load(folder) if whole else read_header(folder / HEADER)
     victim = (stored.victim or {}).get("name", "an unknown victim")
     title = f"{folder}: {victim} encrypted with {stored.defense.get('name', 'an unknown defense')}"
     _show(title, stored.sites, stored.configuration, None, stored.memory)
@@ -58,8 +59,8 @@ def _inspect_folder(folder: Path) -> None:
 def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, scope: str) -> None:
     import numpy as np
 
+    from deepenc.encryption.cost.costs import memory
     from deepenc.encryption.defense import Defense, Original
-    from deepenc.encryption.objective import memory
     from deepenc.encryption.tensors import tensors_of
     from deepenc.network.find import analyse
     from deepenc.victims.cache import cache_folder

@@ -104,8 +104,8 @@ def decrypt(
     Example: deepenc decrypt stolen/ owner.key victim.safetensors
     Larger than memory: deepenc decrypt --checkpoint stolen/ owner.key victim/
     """
-    from deepenc.encryption import checkpoint
-    from deepenc.encryption.key import load_key
+    from deepenc.encryption.disk import checkpoint
+    from deepenc.encryption.keys.key import load_key
 
     if checkpoint_folder is not None:
         target, key = checkpoints.only(key, target), folder

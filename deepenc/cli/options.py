@@ -85,7 +85,7 @@ def openings(
 
     A passphrase that happens to be in the environment is not added to recipients: it may be the weaker way.
     """
-    from deepenc.encryption.recipients import read_recipient
+    from deepenc.encryption.keys.recipients import read_recipient
 
     keys = [read_recipient(path) for path in recipients or ()]
     return None if keys and file is None else _passphrase(file, new=True), keys
@@ -93,7 +93,7 @@ def openings(
 
 def opening(file: Path | None, identity: Path | None) -> tuple[str | None, X25519PrivateKey | None]:
     """What a sealed key is opened with: its passphrase, or a recipient's private key."""
-    from deepenc.encryption.recipients import is_encrypted, read_identity
+    from deepenc.encryption.keys.recipients import is_encrypted, read_identity
 
     if identity is None:
         return _passphrase(file, new=False), None

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
     from torch import Tensor, nn
 
-    from deepenc.encryption.checkpoint import Checkpoint
-    from deepenc.encryption.key import Key
+    from deepenc.encryption.disk.checkpoint import Checkpoint
+    from deepenc.encryption.keys.key import Key
 
 
 def write_release(
@@ -49,8 +49,8 @@ def write_release(
         CheckpointError: It cannot be written, or does not decrypt to the victim.
         KeyFileError: The key cannot be written.
     """
-    from deepenc.encryption import checkpoint
-    from deepenc.encryption.key import save_key
+    from deepenc.encryption.disk import checkpoint
+    from deepenc.encryption.keys.key import save_key
 
     with replacing(folder):
         checkpoint.save(folder, encrypted, key, victim=source, factory=factory, defense=defense)

@@ -53,10 +53,10 @@ def rotate(
 
     Example: deepenc rotate released/ owner.key released2/ owner2.key
     """
-    from deepenc.encryption import checkpoint
     from deepenc.encryption.defense import Defense
+    from deepenc.encryption.disk import checkpoint
     from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
-    from deepenc.encryption.key import load_key
+    from deepenc.encryption.keys.key import load_key
     from deepenc.victims.cache import cache_folder
 
     refuse_to_replace(new_key, force)

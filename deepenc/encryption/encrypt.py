@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepenc.encryption.defense import Allocation, Defense, Original
-from deepenc.encryption.fingerprint import fingerprint
-from deepenc.encryption.key import Key, check_sites, verify
-from deepenc.encryption.secret import derive_positions, derive_rng, secret_of
+from deepenc.encryption.keys.fingerprint import fingerprint
+from deepenc.encryption.keys.key import Key, check_sites, verify
+from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
 from deepenc.encryption.shelter import arrangement_of, follow, shelter
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError

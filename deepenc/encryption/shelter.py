@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from deepenc.encryption.confusion import forged_mask
 from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Weights, check_values
-from deepenc.encryption.fingerprint import fingerprint
-from deepenc.encryption.key import Key, verify
-from deepenc.encryption.secret import derive_rng
+from deepenc.encryption.filling.entries import forged_mask
+from deepenc.encryption.keys.fingerprint import fingerprint
+from deepenc.encryption.keys.key import Key, verify
+from deepenc.encryption.keys.secret import derive_rng
 from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.arrangement import Arrangement, proved

@@ -86,6 +86,13 @@ class Layout:
             if len(insertion.forged):
                 self._insertions[tensor][dim] = insertion
 
+    @classmethod
+    def appended(cls, sites: Sequence[Site], counts: Mapping[str, int]) -> Layout:
+        """Confusion channels behind the real ones: right in sizes; where they really are, the key knows."""
+        widths = {site.name: site.width for site in sites}
+        starts = {name: widths.get(name, 0) for name in counts}
+        return cls(sites, {name: tuple(range(starts[name], starts[name] + n)) for name, n in counts.items()})
+
     def _insertion(self, entries: list[tuple[Slot, Site]]) -> _Insertion:
         pieces: list[NDArray[np.int64]] = []
         cursor = shift = 0

@@ -14,8 +14,8 @@ from deepenc.arena.plan import Entry, Experiment
 from deepenc.arena.space import Axis, Space, value_of, varied
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
-from deepenc.encryption.measure import Measure
-from deepenc.encryption.objective import Form
+from deepenc.encryption.response.measure import Measure
+from deepenc.encryption.response.objective import Form
 from deepenc.errors import ConfigError, DeepencError
 from deepenc.plugins import explain
 from deepenc.victims.victim import VictimSource

@@ -18,7 +18,7 @@ from deepenc.arena.plan import Cell, plan
 from deepenc.arena.record import Record
 from deepenc.arena.stats import Estimate, References, bootstrap, worst
 from deepenc.encryption.defense import Defense
-from deepenc.encryption.objective import response_change
+from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError
 from deepenc.study.search import Objective, Search
 from deepenc.victims.victim import Images, Victim

@@ -8,9 +8,9 @@ import numpy as np
 from pydantic import Field
 from torch import nn
 
-from deepenc.encryption.calibration import Path, calibrate
 from deepenc.encryption.defense import Hardening, Original
-from deepenc.encryption.inputs import draw
+from deepenc.encryption.filling.calibration import Path, calibrate
+from deepenc.encryption.filling.inputs import draw
 from deepenc.errors import ConfigError
 from deepenc.network.surgery import Layout
 

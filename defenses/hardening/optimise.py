@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from deepenc.analysis.batchnorm import batch_moments, batch_statistics
-from deepenc.encryption.calibration import Path, calibrate
-from deepenc.encryption.confusion import Confusion, limits
-from deepenc.encryption.damage import Objective, damage, outputs
 from deepenc.encryption.defense import Hardening, Original
-from deepenc.encryption.inputs import batches, draw
-from deepenc.encryption.stealth import Disguise, penalty
-from deepenc.encryption.thieves import Gates, learned_gates, missing
+from deepenc.encryption.filling.adversaries import Gates, learned_gates, missing
+from deepenc.encryption.filling.calibration import Path, calibrate
+from deepenc.encryption.filling.damage import Objective, damage, outputs
+from deepenc.encryption.filling.entries import Confusion, limits
+from deepenc.encryption.filling.inputs import batches, draw
+from deepenc.encryption.filling.stealth import Disguise, penalty
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 
@@ -61,7 +61,7 @@ class Optimise(Hardening):
     norms and its entries in vectors, and its other statistics as far as ``stealth`` weighs them. Else
     channels grow as far as the cap lets them, and crowd there."""
     stealth: float = Field(0.0, ge=0)
-    """Weight of a detector's penalty (norms, roughness and the like; see `deepenc.encryption.stealth`)."""
+    """Weight of a detector's penalty (norms, roughness and the like; see `filling.stealth`)."""
     gates: bool = False
     """Whether to ascend, in turn, the damage that is left after a thief learned gates for a few steps."""
     removal: float = Field(0.0, ge=0, lt=1)

@@ -12,7 +12,7 @@ from torch import nn
 
 from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.encryption.defense import Hardening, Original
-from deepenc.encryption.inputs import draw
+from deepenc.encryption.filling.inputs import draw
 from deepenc.errors import ConfigError
 from deepenc.network.surgery import Layout
 

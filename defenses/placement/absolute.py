@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from deepenc.encryption.allocation import Patterns, proportional, same_memory, select
+from deepenc.encryption.cost.allocation import Patterns, proportional, same_memory, select
 from deepenc.encryption.defense import Allocation, Original, Placement
 
 

@@ -14,12 +14,12 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 
 from deepenc.analysis.batchnorm import batch_statistics
-from deepenc.encryption.allocation import Patterns, select
-from deepenc.encryption.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.candidates import filled
-from deepenc.encryption.damage import damage, outputs
+from deepenc.encryption.cost.allocation import Patterns, select
+from deepenc.encryption.cost.budget import Budget, Ledger, caps, grow
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
-from deepenc.encryption.inputs import batches, draw
+from deepenc.encryption.filling.damage import damage, outputs
+from deepenc.encryption.filling.inputs import batches, draw
+from deepenc.encryption.response.candidates import filled
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors

@@ -10,11 +10,11 @@ import numpy as np
 from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from deepenc.encryption.allocation import Patterns, select
-from deepenc.encryption.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.candidates import Candidates
+from deepenc.encryption.cost.allocation import Patterns, select
+from deepenc.encryption.cost.budget import Budget, Ledger, caps, grow
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
-from deepenc.encryption.measure import Measure
+from deepenc.encryption.response.candidates import Candidates
+from deepenc.encryption.response.measure import Measure
 from deepenc.network.sites import Site
 from deepenc.plugins import build
 

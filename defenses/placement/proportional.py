@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from deepenc.encryption.allocation import Patterns, proportional, select
+from deepenc.encryption.cost.allocation import Patterns, proportional, select
 from deepenc.encryption.defense import Allocation, Original, Placement
 
 
@@ -15,7 +15,7 @@ class Proportional(Placement):
     """The same proportion of its width at every site.
 
     ΔC is the proportion of C, rounded half up, and at least 1. "5 %" is not 5 % of the memory: where
-    two sites meet in one tensor it grows along both dimensions (see `deepenc.encryption.objective.memory`).
+    two sites meet in one tensor it grows along both dimensions (see `deepenc.memory`).
 
     Source: paper, Section 3.1.1 ("keep the confusion proportion identical at all layers").
     """

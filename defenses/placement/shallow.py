@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from deepenc.encryption.allocation import Patterns, select
-from deepenc.encryption.budget import Budget, Ledger, grow
+from deepenc.encryption.cost.allocation import Patterns, select
+from deepenc.encryption.cost.budget import Budget, Ledger, grow
 from deepenc.encryption.defense import Allocation, Original, Placement
 from deepenc.network.sites import Site
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from deepenc.encryption.allocation import Patterns, proportional, same_memory, select
+from deepenc.encryption.cost.allocation import Patterns, proportional, same_memory, select
 from deepenc.encryption.defense import Allocation, Original, Placement
 from deepenc.errors import ConfigError, near
 from deepenc.network.sites import Site

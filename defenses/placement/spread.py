@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from deepenc.encryption.allocation import Patterns, select
-from deepenc.encryption.ascent import climb
-from deepenc.encryption.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.candidates import Candidates
+from deepenc.encryption.cost.allocation import Patterns, select
+from deepenc.encryption.cost.budget import Budget, Ledger, caps, grow
 from deepenc.encryption.defense import Allocation, Original, Placement, Weights
-from deepenc.encryption.measure import Measure
+from deepenc.encryption.response.ascent import climb
+from deepenc.encryption.response.candidates import Candidates
+from deepenc.encryption.response.measure import Measure
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.plugins import build

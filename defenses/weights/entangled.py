@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deepenc.encryption.defense import Gap, Neurons, Weights
-from deepenc.encryption.fills import NormFill, assemble, bootstrapped, distinct
+from deepenc.encryption.filling.fills import NormFill, assemble, bootstrapped, distinct
 from deepenc.network.sites import Role
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from deepenc.encryption.defense import Neurons, Weights
-from deepenc.encryption.fills import initialise
+from deepenc.encryption.filling.fills import initialise
 
 
 class Init(Weights):

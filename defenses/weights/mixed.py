@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepenc.encryption.defense import Gap, Neurons, Weights
-from deepenc.encryption.fills import Norms, initialise, sample
+from deepenc.encryption.filling.fills import Norms, initialise, sample
 
 
 class Mixed(Weights):

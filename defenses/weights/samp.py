@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from deepenc.encryption.defense import Neurons, Weights
-from deepenc.encryption.fills import Norms, sample
+from deepenc.encryption.filling.fills import Norms, sample
 
 
 class Samp(Weights):

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deepenc.encryption.defense import Gap, Neurons, Weights
-from deepenc.encryption.fills import NormFill, assemble, distinct
+from deepenc.encryption.filling.fills import NormFill, assemble, distinct
 
 
 class Smoothed(Weights):

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from deepenc.cli import app, checkpoints
-from deepenc.encryption import sealing
-from deepenc.encryption.key import load_key, save_key
-from deepenc.encryption.secret import derive_positions
-from deepenc.encryption.sharded import checkpoint as sharded
+from deepenc.encryption.disk.sharded import checkpoint as sharded
+from deepenc.encryption.keys import sealing
+from deepenc.encryption.keys.key import load_key, save_key
+from deepenc.encryption.keys.secret import derive_positions
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,7 +113,7 @@ def test_interrupted_once_the_key_was_saved(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepenc.encryption.sharded.partial.Partial.release", stop)
+        patch.setattr("deepenc.encryption.disk.sharded.partial.Partial.release", stop)
         assert run(*ENCRYPT).exit_code == 130
     key = (tmp_path / "owner.key").read_bytes()
     done(run(*ENCRYPT))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from deepenc import plugins
 from deepenc.cli import app
 from deepenc.encryption.defense import Defense
-from deepenc.encryption.key import save_key
+from deepenc.encryption.keys.key import save_key
 from deepenc.victims.victim import Images, Victim, VictimSource
 
 COMMANDS = ("encrypt", "decrypt", "inspect", "run", "report", "list", "check")

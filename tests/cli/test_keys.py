@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 from deepenc import plugins
 from deepenc.cli import _Commands, inspection, networks, rotation
-from deepenc.encryption.key import save_key
+from deepenc.encryption.keys.key import save_key
 from deepenc.errors import ConfigError
 from deepenc.victims.victim import Victim, VictimSource
 

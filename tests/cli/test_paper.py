@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from deepenc.cli import app, paper
-from deepenc.encryption import checkpoint
+from deepenc.encryption.disk import checkpoint
 
 Run = Callable[..., Result]
 

@@ -12,7 +12,7 @@ from deepenc.arena.hosts import Noise, TwoEach
 from deepenc.arena.tiny import tiny_subject
 from deepenc.encryption.defense import Defense, Original
 from deepenc.encryption.encrypt import decrypt, encrypt
-from deepenc.encryption.key import Key
+from deepenc.encryption.keys.key import Key
 from deepenc.errors import ConfigError
 from defenses.hardening.calibrate import Calibrate
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from deepenc.analysis.batchnorm import batch_moments, batch_statistics
 from deepenc.analysis.features import features
-from deepenc.encryption.confusion import Confusion, forged_mask, limits
-from deepenc.encryption.stealth import Disguise, _statistics, _table, penalty
+from deepenc.encryption.filling.entries import Confusion, forged_mask, limits
+from deepenc.encryption.filling.stealth import Disguise, _statistics, _table, penalty
 from deepenc.network.gates import Gated
 from deepenc.network.sites import Role, Site, slot_rows
 from deepenc.network.structure import named_tensors

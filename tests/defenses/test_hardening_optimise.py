@@ -12,12 +12,12 @@ from deepenc.analysis.batchnorm import batch_statistics, reestimate
 from deepenc.arena.contract_defenses import hardening_checks
 from deepenc.arena.hosts import Noise, TwoEach
 from deepenc.arena.tiny import tiny_subject
-from deepenc.encryption.confusion import Confusion, limits
 from deepenc.encryption.defense import Defense, Original
 from deepenc.encryption.encrypt import decrypt, encrypt
-from deepenc.encryption.key import Key
-from deepenc.encryption.stealth import penalty
-from deepenc.encryption.thieves import missing
+from deepenc.encryption.filling.adversaries import missing
+from deepenc.encryption.filling.entries import Confusion, limits
+from deepenc.encryption.filling.stealth import penalty
+from deepenc.encryption.keys.key import Key
 from deepenc.errors import ConfigError
 from deepenc.network.sites import slot_rows
 from deepenc.network.structure import named_tensors

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from deepenc.encryption.checkpoint import decrypt_tensors
 from deepenc.encryption.defense import Defense, Hardening, Original
+from deepenc.encryption.disk.checkpoint import decrypt_tensors
 from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
-from deepenc.encryption.key import seal, unseal
+from deepenc.encryption.keys.key import seal, unseal
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError, KeyFileError
 from deepenc.network.find import find_sites

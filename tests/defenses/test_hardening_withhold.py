@@ -8,9 +8,9 @@ from torch import nn
 
 from deepenc.arena.hosts import host_defense
 from deepenc.arena.tiny import tiny_subject
-from deepenc.encryption.checkpoint import decrypt_tensors
+from deepenc.encryption.disk.checkpoint import decrypt_tensors
 from deepenc.encryption.encrypt import decrypt, encrypt
-from deepenc.encryption.key import Key, seal, unseal
+from deepenc.encryption.keys.key import Key, seal, unseal
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError, KeyFileError
 from deepenc.network.surgery import remove

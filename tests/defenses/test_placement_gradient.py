@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.arena.tiny import TinyNet
-from deepenc.encryption.budget import Ledger
+from deepenc.encryption.cost.budget import Ledger
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
 from deepenc.network.find import find_sites

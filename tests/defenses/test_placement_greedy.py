@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from deepenc.arena.tiny import TinyNet
-from deepenc.encryption.budget import Ledger
-from deepenc.encryption.candidates import Candidates
+from deepenc.encryption.cost.budget import Ledger
 from deepenc.encryption.defense import Original
+from deepenc.encryption.response.candidates import Candidates
 from deepenc.errors import ConfigError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Site
@@ -45,7 +45,7 @@ def test_first_step_is_the_best_of_all(tiny: Original) -> None:
     found = greedy.place(tiny, np.random.default_rng(3))
     most = {site.name: ledger.room({}, site.name) for site in tiny.sites}
     same = Candidates.of(tiny, greedy.weights, np.random.default_rng(3), most)
-    scores = {name: r.l2 / ledger.price({}, name) for name, r in same.marginal({}).items()}
+    scores = {name: same.response({name: 1}).l2 / ledger.price({}, name) for name, n in most.items() if n}
     assert found[max(scores, key=lambda name: scores[name])] >= 1
 
 

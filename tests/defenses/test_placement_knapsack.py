@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from deepenc.encryption.budget import Budget, Ledger
+from deepenc.encryption.cost.budget import Budget, Ledger
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
 from deepenc.network.find import find_sites

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from deepenc.encryption.budget import Ledger
+from deepenc.encryption.cost.budget import Ledger
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site

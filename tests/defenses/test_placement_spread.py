@@ -8,9 +8,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from deepenc.encryption.budget import Ledger
-from deepenc.encryption.candidates import Candidates
+from deepenc.encryption.cost.budget import Ledger
 from deepenc.encryption.defense import Original
+from deepenc.encryption.response.candidates import Candidates
 from deepenc.errors import ConfigError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Site

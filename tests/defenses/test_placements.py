@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
+from deepenc.encryption.cost.costs import memory
 from deepenc.encryption.defense import Original, Placement
-from deepenc.encryption.objective import memory
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.plugins import build

@@ -145,7 +145,7 @@ def test_init_agrees_with_torchs_kaiming_normal(planted: Net) -> None:
     ],
 )
 def test_fan_in(shape: tuple[int, ...], dim: int, role: Role, expected: int) -> None:
-    from deepenc.encryption.fills import fan_in
+    from deepenc.encryption.filling.fills import fan_in
 
     assert fan_in(Gap(Slot("w", dim, role), torch.empty(shape), shape)) == expected
 

@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepenc.encryption import fills
 from deepenc.encryption.defense import Gap, Neurons
-from deepenc.encryption.fills import Floats, assemble, bootstrapped, distinct, finished, placed, real_rows
+from deepenc.encryption.filling import fills
+from deepenc.encryption.filling.fills import (
+    Floats,
+    assemble,
+    bootstrapped,
+    distinct,
+    finished,
+    placed,
+    real_rows,
+)
 from deepenc.network.sites import Role, Site, Slot
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
-from deepenc.encryption.fingerprint import fingerprint
+from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.errors import ConfigError, DeepencError, KeyFileError, PluginError, SiteError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site, Slot

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt
-from deepenc.encryption.key import Key
+from deepenc.encryption.keys.key import Key
 from deepenc.network.attention import WideAttention, adapt
 from deepenc.network.find import find_sites
 from deepenc.network.tracing.admit import tensors_in

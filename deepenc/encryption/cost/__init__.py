@@ -1,0 +1,1 @@
+"""What allocations cost, and budgets."""

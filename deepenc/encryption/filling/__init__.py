@@ -1,0 +1,1 @@
+"""What confusion channels are made of, and how they are trained."""

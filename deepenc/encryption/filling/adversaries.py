@@ -1,0 +1,64 @@
+"""Thieves to optimise against: what they make of the channels of an encrypted network, as gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+from deepenc.encryption.filling.entries import Confusion
+
+ROUND, GATE_RATE = 10, 0.1
+"""Steps after which the gates start anew, and Adam's learning rate for them."""
+Gates = Mapping[str, Tensor]
+"""Site name to a factor for each of its channels, confusion channels included, ``(width,)``."""
+
+
+def learned_gates(
+    confusion: Confusion, inputs: Tensor, target: Tensor, order: Iterator[Tensor]
+) -> Iterator[Gates]:
+    """Gates of a thief who takes one step each time, and starts anew after each round.
+
+    Args:
+        confusion: The encrypted network.
+        inputs: ``(images, ...)``.
+        target: The victim's outputs.
+        order: Indices of batches, without end.
+    """
+    device = inputs.device
+    while True:
+        gates = {s.name: torch.ones(s.width, device=device, requires_grad=True) for s in confusion.sites}
+        adam = Adam(gates.values(), lr=GATE_RATE)
+        for _ in range(ROUND):
+            index = next(order).to(device)
+            with torch.enable_grad():
+                loss = cross_entropy(confusion(inputs[index], gates=gates), target[index].argmax(1))
+                gradients = torch.autograd.grad(loss, list(gates.values()))
+            for gate, gradient in zip(gates.values(), gradients, strict=True):
+                gate.grad = gradient
+            adam.step()
+            yield {name: gate.detach() for name, gate in gates.items()}
+
+
+def missing(confusion: Confusion, share: float, rng: np.random.Generator) -> Iterator[Gates]:
+    """Gates that silence a share of each site's confusion channels, and as many real ones, at random.
+
+    Args:
+        confusion: The encrypted network.
+        share: In [0, 1).
+        rng: Chooses other ones each time.
+    """
+    device = next(iter(confusion.values.values())).device
+    while True:
+        gates = {}
+        for site in confusion.sites:
+            forged = list(confusion.layout.positions[site.name])
+            chance = np.full(site.width, share * len(forged) / max(1, site.width - len(forged)))
+            chance[forged] = share
+            kept = torch.from_numpy(rng.random(site.width) >= chance)
+            gates[site.name] = kept.float().to(device)
+        yield gates

@@ -1,0 +1,1 @@
+"""Where the confusion channels are: what the owner keeps."""

@@ -1,0 +1,1 @@
+"""Equation 1: what confusion channels do to the outputs."""
