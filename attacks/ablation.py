@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.kit.unlabelled import inconsistency, information
 from deepenc.arena.threat import Needs
-from deepenc.arena.unlabelled import inconsistency, information
 from deepenc.errors import ClaimError
 from deepenc.network.gates import gated_slots
 from deepenc.network.sites import Site

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepenc.arena.case import Case, Claim, Weakness
+from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.arena.threat import Needs
-from deepenc.arena.training import TrainedAttack, affordable, train
 from deepenc.errors import ClaimError
 from deepenc.victims.victim import Images
 

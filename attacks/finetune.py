@@ -10,9 +10,9 @@ from torch import nn
 
 from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Case, Claim
-from deepenc.arena.training import TrainedAttack, affordable, train
+from deepenc.arena.kit import groups
+from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.errors import ClaimError
-from deepenc.victims import groups
 
 
 class Finetune(TrainedAttack):

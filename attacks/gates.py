@@ -15,9 +15,9 @@ from torch.optim import Adam
 
 from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.arena.optimise import descend
+from deepenc.arena.kit.descent import descend
+from deepenc.arena.kit.unlabelled import information, mismatches
 from deepenc.arena.threat import Needs
-from deepenc.arena.unlabelled import information, mismatches
 from deepenc.network.gates import Gated
 
 # Hard-concrete gates, Louizos et al. 2018: temperature, and the interval that is cut to [0, 1].

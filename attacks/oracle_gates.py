@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.arena.optimise import descend
+from deepenc.arena.kit.descent import descend
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
 from deepenc.network.gates import Gated

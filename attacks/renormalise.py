@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deepenc.analysis.renormalising import bare, renormalised
 from deepenc.arena.case import Case, Claim
-from deepenc.arena.training import TrainedAttack, affordable, train
+from deepenc.arena.kit.training import TrainedAttack, affordable, train
 
 
 class Renormalise(TrainedAttack):

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepenc.arena.case import Case, Claim
-from deepenc.arena.training import TrainedAttack, affordable, train
+from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.encryption.cost.allocation import Patterns, select
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors

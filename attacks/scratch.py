@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from deepenc.arena.case import Case, Claim
+from deepenc.arena.kit.training import TrainedAttack, train
 from deepenc.arena.threat import Needs
-from deepenc.arena.training import TrainedAttack, train
 from deepenc.errors import ClaimError
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.arena.shadows import Own, Rows, Sample, described, side_by_side, width
+from deepenc.arena.kit.shadows import Own, Rows, Sample, described, side_by_side, width
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError, DeepencError
 from deepenc.network.find import find_sites

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field, model_validator
 
 from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.kit.space import Axis, Space, value_of, varied
+from deepenc.arena.kit.training import portion
 from deepenc.arena.metrics import checked_scores, judge, most_suspect
-from deepenc.arena.space import Axis, Space, value_of, varied
 from deepenc.arena.threat import Needs
-from deepenc.arena.training import portion
 from deepenc.errors import ClaimError
 from deepenc.plugins import build
 from deepenc.victims.victim import Images

@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deepenc.arena import build, duel, worker
-from deepenc.arena.matrix import DATABASE, run
+from deepenc.arena import build, duel
 from deepenc.arena.plan import Experiment
-from deepenc.arena.store import Store
+from deepenc.arena.run import worker
+from deepenc.arena.run.matrix import DATABASE, run
+from deepenc.arena.run.store import Store
 from deepenc.victims.cache import cache_folder
 
 PARTS: tuple[tuple[str, Any, str], ...] = (

@@ -18,7 +18,7 @@ from deepenc.plugins import Plugin
 from deepenc.victims.victim import Images
 
 Weakness = Literal["loud", "copies", "defaults", "statistics", "noise", "damage", "clones"]
-"""What planted confusion channels give away (`deepenc.arena.planted`)."""
+"""What planted confusion channels give away (`deepenc.arena.checks.planted`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ class Attack(Plugin):
     Attributes:
         reference: What the attack is a reference for, if it is one: ``"floor"`` uses the encrypted network
             as it is; ``"scratch"`` uses no stolen weights.
-        tell: The planted weakness that the attack must see in its self-test (`deepenc.arena.planted`); None
+        tell: The planted weakness that the attack must see in its self-test (`arena.checks.planted`); None
             where it promises nothing.
     """
 

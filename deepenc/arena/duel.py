@@ -7,7 +7,6 @@ import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,64 +16,12 @@ from torch import nn
 from deepenc.arena.build import Encryption, build_case, fresh
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.metrics import checked_scores, detection, judge, most_suspect
-from deepenc.arena.plan import Cell
+from deepenc.arena.plan import Task
 from deepenc.arena.record import Accuracy, Cost, Record
 from deepenc.arena.threat import Meter, Threat
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.victims.victim import Images, Victim
-
-
-@dataclass(frozen=True)
-class Task:
-    """A cell with all that fighting it needs; plain data, for another process too.
-
-    Attributes:
-        cell: The place in the matrix.
-        identity: Of the cell.
-        secret: The defender's secret; cells that share it share the encryption.
-        seed: The attacker's seed.
-        leak_seed: Draws the positions that leak.
-        judge: Judge's images at most; None is all.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
-
-    cell: Cell
-    identity: str
-    secret: bytes
-    seed: int
-    leak_seed: int
-    judge: int | None
-    device: str
-
-    @classmethod
-    def of(cls, cell: Cell, fingerprint: str, root: bytes, judge: int | None, device: str) -> Task:
-        """Derive everything from the run's root; ``fingerprint`` is the victim's."""
-        return cls(
-            cell,
-            cell.identity(fingerprint, root, judge),
-            cell.secret(root),
-            cell.attack_seed(root),
-            cell.leak_seed(root),
-            judge,
-            device,
-        )
-
-    def record(self, **measured: Any) -> Record:
-        """The record of this cell, with what was measured."""
-        cell = self.cell
-        return Record(
-            cell=self.identity,
-            victim=cell.victim.label,
-            defense=cell.defense.name,
-            attack=cell.entry.label,
-            threat=cell.threat.name,
-            key=cell.key,
-            repeat=cell.repeat,
-            reference=cell.entry.attack.reference,
-            protected=cell.defense.protects,
-            **measured,
-        )
 
 
 def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:

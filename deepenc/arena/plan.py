@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepenc.arena.case import Attack
+from deepenc.arena.record import Record
 from deepenc.arena.threat import Budget, Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import PluginError
@@ -211,6 +212,58 @@ class Cell:
         """
         derived = _derive(root, "leak", self.victim.spec(), self.threat.family, self.key, self.repeat)
         return int.from_bytes(derived[:8]) >> 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell with all that fighting it needs; plain data, for another process too.
+
+    Attributes:
+        cell: The place in the matrix.
+        identity: Of the cell.
+        secret: The defender's secret; cells that share it share the encryption.
+        seed: The attacker's seed.
+        leak_seed: Draws the positions that leak.
+        judge: Judge's images at most; None is all.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    cell: Cell
+    identity: str
+    secret: bytes
+    seed: int
+    leak_seed: int
+    judge: int | None
+    device: str
+
+    @classmethod
+    def of(cls, cell: Cell, fingerprint: str, root: bytes, judge: int | None, device: str) -> Task:
+        """Derive everything from the run's root; ``fingerprint`` is the victim's."""
+        return cls(
+            cell,
+            cell.identity(fingerprint, root, judge),
+            cell.secret(root),
+            cell.attack_seed(root),
+            cell.leak_seed(root),
+            judge,
+            device,
+        )
+
+    def record(self, **measured: Any) -> Record:
+        """The record of this cell, with what was measured."""
+        cell = self.cell
+        return Record(
+            cell=self.identity,
+            victim=cell.victim.label,
+            defense=cell.defense.name,
+            attack=cell.entry.label,
+            threat=cell.threat.name,
+            key=cell.key,
+            repeat=cell.repeat,
+            reference=cell.entry.attack.reference,
+            protected=cell.defense.protects,
+            **measured,
+        )
 
 
 def _derive(root: bytes, role: str, *parts: Any) -> bytes:

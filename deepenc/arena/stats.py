@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import binomtest
 
-from deepenc.arena.layers import Layers, per_layer
-from deepenc.arena.record import Cost, Record
+from deepenc.arena.estimates import Estimate, bootstrap, wilson
+from deepenc.arena.record import Cost, Detection, Record
 
 Group = tuple[str, str, str, str]
 """Victim, defense, threat, attack: what a line of a table is about."""
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
-class Interval:
-    """A 95 % confidence interval.
+class Layers:
+    """How often sites were found exactly, over several keys of one network: the paper's P = p^L, measured.
+
+    The paper reckons that a network of L layers is decrypted with probability P = p^L, where each layer's key
+    is found with probability p, independently (Section 4).
 
     Attributes:
-        low: Lower end.
-        high: Upper end.
-        unit: What was sampled: the judge's ``"images"`` (Wilson), or ``"keys"`` (bootstrap).
-    """
-
-    low: float
-    high: float
-    unit: Literal["images", "keys"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over keys, and its spread. A key's value is the mean over its repeats.
-
-    Attributes:
-        mean: Over keys.
-        least: Of the keys.
-        most: Of the keys; for accuracy and advantage this is the owner's worst key.
-        worst_key: Index of the key with the most.
-        keys: Number of keys.
-        interval: Of the mean; None where there is too little to say.
+        mean: Mean share of the sites found; the paper's p.
+        product: What P would be if sites were found independently: the product of each site's share of keys
+            for which it was found, 0 where a site was never found.
+        joint: Share of the keys for which all sites were found: what P was.
     """
 
     mean: float
-    least: float
-    most: float
-    worst_key: int
-    keys: int
-    interval: Interval | None
+    product: float
+    joint: float
 
 
 @dataclass(frozen=True)
@@ -146,34 +126,6 @@ class WorstSummary:
     missing: int
     accuracy: Estimate
     advantage: Estimate | None
-
-
-def wilson(correct: int, images: int) -> Interval:
-    """Wilson's interval of a share (Wilson 1927).
-
-    >>> wilson(50, 100).low < 0.5 < wilson(50, 100).high
-    True
-    """
-    bounds = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(float(bounds.low), float(bounds.high), "images")
-
-
-def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
-    """Percentile bootstrap of the mean over keys; each value belongs to one key, whole.
-
-    With three keys it can do no better than span from the least to the most, and covers less than 95 %: take
-    more keys where the width matters.
-
-    Returns:
-        None for fewer than two values.
-    """
-    if len(values) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    means = rng.choice(np.asarray(values), size=(resamples, len(values))).mean(axis=1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(low), float(high), "keys")
 
 
 def advantage(attack: float, scratch: float | None, original: float | None) -> float | None:
@@ -369,3 +321,19 @@ def _cost(records: Sequence[Record]) -> CostSummary | None:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def per_layer(detections: Sequence[Detection]) -> Layers:
+    """Success by site.
+
+    Args:
+        detections: One for each key, at least one, all of the same sites.
+    """
+    keys, sites = len(detections), detections[0].sites
+    found = Counter(name for detection in detections for name in detection.found)
+    missed = len(found) < sites
+    return Layers(
+        mean=sum(found.values()) / (keys * sites),
+        product=0.0 if missed else math.prod(count / keys for count in found.values()),
+        joint=sum(len(detection.found) == sites for detection in detections) / keys,
+    )

@@ -79,7 +79,7 @@ def check(
 
     Example: deepenc check collisions
     """
-    from deepenc.arena.contract import run_checks
+    from deepenc.arena.checks.contract import run_checks
 
     console = out()
     failed = 0

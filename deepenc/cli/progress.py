@@ -10,9 +10,9 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from deepenc.arena.matrix import Progress as Watcher
 from deepenc.arena.plan import Cell
 from deepenc.arena.record import Record
+from deepenc.arena.run.pool import Progress as Watcher
 
 PAUSE = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -46,15 +46,15 @@ class Lines:
         self._console, self._estimate, self._last = console, Estimate(), time.monotonic()
 
     def planned(self, total: int, finished: int) -> None:
-        """See `deepenc.arena.matrix.Progress`."""
+        """See `deepenc.arena.run.matrix.Progress`."""
         self._estimate.planned(total, finished)
         self._console.print(f"{total} cells, {finished} of them finished before", soft_wrap=True)
 
     def started(self, cell: Cell) -> None:
-        """See `deepenc.arena.matrix.Progress`."""
+        """See `deepenc.arena.run.matrix.Progress`."""
 
     def finished(self, cell: Cell, record: Record) -> None:
-        """See `deepenc.arena.matrix.Progress`."""
+        """See `deepenc.arena.run.matrix.Progress`."""
         self._estimate.done += 1
         now = time.monotonic()
         if now - self._last >= PAUSE or self._estimate.done == self._estimate.total:
@@ -73,17 +73,17 @@ class Bar:
         self._running: dict[Cell, None] = {}
 
     def planned(self, total: int, finished: int) -> None:
-        """See `deepenc.arena.matrix.Progress`."""
+        """See `deepenc.arena.run.matrix.Progress`."""
         self._estimate.planned(total, finished)
         self._bar.update(self._task, total=total, completed=finished)
 
     def started(self, cell: Cell) -> None:
-        """See `deepenc.arena.matrix.Progress`."""
+        """See `deepenc.arena.run.matrix.Progress`."""
         self._running[cell] = None
         self._show()
 
     def finished(self, cell: Cell, record: Record) -> None:
-        """See `deepenc.arena.matrix.Progress`."""
+        """See `deepenc.arena.run.matrix.Progress`."""
         self._estimate.done += 1
         self._running.pop(cell, None)
         self._bar.update(self._task, completed=self._estimate.done)

@@ -44,7 +44,7 @@ def run(
 
     Example: deepenc run configs/quickstart.yaml --workers 2
     """
-    from deepenc.arena import matrix
+    from deepenc.arena.run import matrix
     from deepenc.cli.progress import watch
     from deepenc.config import load
     from deepenc.plugins import load_file
@@ -112,8 +112,8 @@ def report(
 
 
 def _records(folder: Path) -> list[Record]:
-    from deepenc.arena.matrix import DATABASE
-    from deepenc.arena.store import Store
+    from deepenc.arena.run.matrix import DATABASE
+    from deepenc.arena.run.store import Store
 
     with Store(folder / DATABASE, create=False) as store:
         return store.records()

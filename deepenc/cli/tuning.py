@@ -13,7 +13,7 @@ from deepenc.cli.console import WIDTH, out
 from deepenc.errors import StoreError
 
 if TYPE_CHECKING:
-    from deepenc.arena.stats import Estimate
+    from deepenc.arena.estimates import Estimate
     from deepenc.study.search import Search
     from deepenc.study.trials import Result
     from deepenc.study.tuning import Tuned

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from deepenc.arena.estimates import Estimate
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, Estimate, summarise, worst
+from deepenc.arena.stats import CellSummary, summarise, worst
 from deepenc.errors import StoreError
 from deepenc.report.curves import Chart, apart, charts
 from deepenc.report.frontier import TOLERABLE, Frontier, frontiers

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from deepenc.arena.estimates import Estimate
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, Estimate, WorstSummary, summarise, worst
+from deepenc.arena.stats import CellSummary, WorstSummary, summarise, worst
 
 ABSENT = "—"
 """Stands where nothing was measured; never 0."""

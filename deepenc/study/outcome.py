@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from deepenc.arena.estimates import Estimate
 from deepenc.arena.plan import Experiment
 from deepenc.arena.record import Record
-from deepenc.arena.stats import Estimate
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.study.search import RISING, Search

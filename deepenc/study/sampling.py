@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deepenc.arena.space import Axis
+from deepenc.arena.kit.space import Axis
 from deepenc.errors import ConfigError
 from deepenc.study.search import Search, size
 

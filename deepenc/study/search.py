@@ -10,8 +10,8 @@ from typing import Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deepenc.arena.kit.space import Axis, Space, value_of, varied
 from deepenc.arena.plan import Entry, Experiment
-from deepenc.arena.space import Axis, Space, value_of, varied
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.measure import Measure

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from deepenc.arena.build import Encryption, Subject, fresh
-from deepenc.arena.duel import Task, duel
-from deepenc.arena.matrix import device_of
-from deepenc.arena.plan import Cell, plan
+from deepenc.arena.duel import duel
+from deepenc.arena.estimates import Estimate, bootstrap
+from deepenc.arena.plan import Cell, Task, plan
 from deepenc.arena.record import Record
-from deepenc.arena.stats import Estimate, References, bootstrap, worst
+from deepenc.arena.run.matrix import device_of
+from deepenc.arena.stats import References, worst
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from deepenc.arena import matrix
-from deepenc.arena.matrix import Silent
-from deepenc.arena.owners import alive, new_owner, retire
 from deepenc.arena.record import Record
+from deepenc.arena.run import matrix
+from deepenc.arena.run.leases import alive, new_owner, retire
+from deepenc.arena.run.pool import Silent
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import load_file
@@ -326,7 +326,7 @@ def _pruner(search: Search) -> Any:
 
 
 def _records(folder: Path) -> tuple[Record, ...]:
-    from deepenc.arena.store import Store
+    from deepenc.arena.run.store import Store
 
     with Store(folder / matrix.DATABASE, create=False) as store:
         return tuple(store.records())

@@ -13,12 +13,11 @@ from torch import nn
 
 from deepenc.arena.build import Encryption, _leak, build_case
 from deepenc.arena.case import Attack, Claim
-from deepenc.arena.contract import differing, snapshot
-from deepenc.arena.duel import Task, duel
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.plan import Cell, Entry
+from deepenc.arena.checks.base import differing, snapshot
+from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
+from deepenc.arena.duel import duel
+from deepenc.arena.plan import Cell, Entry, Task
 from deepenc.arena.threat import Needs, Threat
-from deepenc.arena.tiny import TinySource, tiny_subject
 from deepenc.encryption.defense import Defense
 
 CPU = torch.device("cpu")

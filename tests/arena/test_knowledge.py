@@ -9,11 +9,10 @@ from torch import nn
 
 from deepenc.arena import oracle as oracle_module
 from deepenc.arena.build import Encryption, build_case
-from deepenc.arena.hosts import host_defense
+from deepenc.arena.checks.pry import pry
+from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.oracle import Oracle
-from deepenc.arena.pry import pry
 from deepenc.arena.threat import Meter, Threat
-from deepenc.arena.tiny import tiny_subject
 from deepenc.errors import OutOfBudget
 from deepenc.network.surgery import narrow_sites
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from attacks.ablation import Ablation, ranked, silence
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.planted import Alike, PlantedPlacement, random_subject
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.planted import Alike, PlantedPlacement, random_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.network.sites import Role, Site, Slot

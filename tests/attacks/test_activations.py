@@ -9,9 +9,9 @@ from sklearn.metrics import r2_score
 
 from attacks.activations import Activations, dead, redundancy, selectivity, sparsity
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.planted import Alike, PlantedPlacement, random_subject
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.planted import Alike, PlantedPlacement, random_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.network.sites import Role

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.duel import fight, isolated, measure
-from deepenc.arena.hosts import host_defense
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import tiny_subject
 from deepenc.errors import OutOfBudget
 from deepenc.plugins import build, names
 from deepenc.victims.victim import Images

@@ -8,8 +8,8 @@ from torch import nn
 
 from attacks.batchnorm_mismatch import BatchnormMismatch, along, mismatch
 from deepenc.analysis.batchnorm import Moments, reestimate
+from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.selftest import selftest
 from deepenc.network.sites import Role
 
 

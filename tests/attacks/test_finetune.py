@@ -8,7 +8,7 @@ import torch
 from attacks.finetune import Finetune
 from attacks.prune import Prune
 from attacks.scratch import Scratch
-from deepenc.arena.training import portion, train
+from deepenc.arena.kit.training import portion, train
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.sites import Role
 from deepenc.victims.training import Recipe

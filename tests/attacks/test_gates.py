@@ -11,9 +11,9 @@ from torch import nn
 
 from attacks.gates import Gates, closed
 from deepenc.arena.build import Encryption, Subject, build_case
+from deepenc.arena.checks.planted import Alike, PlantedPlacement, planted_defense, random_subject
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.planted import Alike, PlantedPlacement, planted_defense, random_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.victims.victim import Images, Victim

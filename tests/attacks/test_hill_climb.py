@@ -11,8 +11,8 @@ import torch
 from attacks.hill_climb import HillClimb, swap
 from attacks.norms import Norms
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.planted import PlantedPlacement, PlantedWeights, planted_subject
 from deepenc.arena.duel import measure
-from deepenc.arena.planted import PlantedPlacement, PlantedWeights, planted_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError

@@ -8,8 +8,8 @@ from attacks.influence import Influence, missed
 from deepenc.analysis.batchnorm import Moments
 from deepenc.analysis.consistency import Evidence
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.planted import planted_defense, planted_subject
 from deepenc.arena.metrics import checked_scores, detection
-from deepenc.arena.planted import planted_defense, planted_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from defenses.hardening.withhold import Withhold

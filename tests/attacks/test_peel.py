@@ -12,10 +12,10 @@ from attacks.peel import Peel, peeled, suspicion, swapped
 from deepenc.analysis.batchnorm import Moments
 from deepenc.analysis.consistency import Evidence, verify
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.planted import PlantedPlacement, PlantedWeights, planted_subject
+from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.planted import PlantedPlacement, PlantedWeights, planted_subject
-from deepenc.arena.selftest import selftest
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError, OutOfBudget

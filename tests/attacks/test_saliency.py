@@ -12,9 +12,15 @@ from torch.nn import functional as F
 
 from attacks.saliency import Saliency
 from deepenc.arena.build import Encryption, build_case
+from deepenc.arena.checks.planted import (
+    Alike,
+    PlantedPlacement,
+    planted_defense,
+    planted_subject,
+    random_subject,
+)
 from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.planted import Alike, PlantedPlacement, planted_defense, planted_subject, random_subject
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 

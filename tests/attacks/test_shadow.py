@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import deepenc
 from attacks import shadow
 from attacks.shadow import Shadow, known_defenses
+from deepenc.arena.checks.tiny import TinySource
+from deepenc.arena.kit.shadows import Sample, side_by_side
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.shadows import Sample, side_by_side
-from deepenc.arena.tiny import TinySource
 from deepenc.encryption.defense import Defense, Hardening
 from deepenc.errors import ClaimError, PluginError
 from deepenc.victims.victim import VictimSource

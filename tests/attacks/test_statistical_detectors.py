@@ -20,8 +20,8 @@ from attacks.profile import Profile
 from attacks.roughness import Roughness
 from attacks.subspace import Subspace
 from attacks.typical import Typical
+from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.metrics import checked_scores
-from deepenc.arena.selftest import selftest
 from deepenc.errors import ClaimError
 from deepenc.network.sites import Role
 

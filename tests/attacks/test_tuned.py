@@ -15,7 +15,7 @@ from attacks.chain import Chain
 from attacks.finetune import Finetune
 from attacks.tuned import Tuned
 from deepenc.arena.case import Attack, Claim
-from deepenc.arena.space import Axis, varied
+from deepenc.arena.kit.space import Axis, varied
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.sites import Role

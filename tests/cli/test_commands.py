@@ -253,7 +253,7 @@ def test_run_stopped_by_ctrl_c_says_how_to_go_on(
         raise KeyboardInterrupt
 
     (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
-    monkeypatch.setattr("deepenc.arena.matrix.run", stop)
+    monkeypatch.setattr("deepenc.arena.run.matrix.run", stop)
     result = run("run", "tiny.yaml")
     assert result.exit_code == 130
     assert "the same command" in result.output

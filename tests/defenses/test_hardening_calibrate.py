@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepenc.arena.contract_defenses import hardening_checks
-from deepenc.arena.hosts import Noise, TwoEach
-from deepenc.arena.tiny import tiny_subject
+from deepenc.arena.checks.defenses import hardening_checks
+from deepenc.arena.checks.tiny import Noise, TwoEach, tiny_subject
 from deepenc.encryption.defense import Defense, Original
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.keys.key import Key

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from deepenc.arena.build import Encryption, releases
-from deepenc.arena.hosts import Noise, TwoEach, host_defense
-from deepenc.arena.tiny import tiny_subject
+from deepenc.arena.checks.tiny import Noise, TwoEach, host_defense, tiny_subject
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
 from deepenc.encryption.tensors import tensors_of

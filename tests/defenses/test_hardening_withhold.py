@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.tiny import tiny_subject
+from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.encryption.disk.checkpoint import decrypt_tensors
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.keys.key import Key, seal, unseal

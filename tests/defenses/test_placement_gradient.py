@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepenc.arena.tiny import TinyNet
+from deepenc.arena.checks.tiny import TinyNet
 from deepenc.encryption.cost.budget import Ledger
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError

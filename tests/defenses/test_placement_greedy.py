@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from deepenc.arena.tiny import TinyNet
+from deepenc.arena.checks.tiny import TinyNet
 from deepenc.encryption.cost.budget import Ledger
 from deepenc.encryption.defense import Original
 from deepenc.encryption.response.candidates import Candidates

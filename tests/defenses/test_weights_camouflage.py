@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor, nn
 
-from deepenc.arena.contract import run_checks
+from deepenc.arena.checks.contract import run_checks
 from deepenc.encryption.defense import Defense, Gap, Neurons, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.network.find import find_sites

@@ -3,7 +3,7 @@
 import torch
 from torchvision.models import VisionTransformer
 
-from deepenc.arena.tiny import TinyNet, tiny_subject
+from deepenc.arena.checks.tiny import TinyNet, tiny_subject
 from deepenc.network.find import find_sites
 from deepenc.network.gates import Gated, gated_slots
 from deepenc.network.surgery import Layout, narrow_sites, remove

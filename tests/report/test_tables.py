@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from deepenc.arena.estimates import wilson
 from deepenc.arena.record import Record
-from deepenc.arena.stats import wilson
 from deepenc.errors import StoreError
 from deepenc.report.export import COLUMNS, write_csv
 from deepenc.report.markdown import markdown, write_markdown

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from deepenc.arena.tiny import TinySource, tiny_subject
+from deepenc.arena.checks.tiny import TinySource, tiny_subject
 from deepenc.errors import ConfigError
 from deepenc.plugins import _loaded, register
 from deepenc.study.sampling import every, identity, points

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from deepenc.arena.build import Encryption, Subject, fresh
-from deepenc.arena.owners import new_owner, retire
+from deepenc.arena.run.leases import new_owner, retire
 from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import ClassVar
 import torch
 from deepenc.arena.case import Attack, Claim
-from deepenc.arena.tiny import TinySource
+from deepenc.arena.checks.tiny import TinySource
 from deepenc.victims.victim import VictimSource
 
 

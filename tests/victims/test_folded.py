@@ -16,10 +16,10 @@ from attacks.batchnorm_mismatch import BatchnormMismatch
 from attacks.peel import Peel
 from attacks.recalibrate import Recalibrate
 from deepenc.arena.build import Encryption, Subject, build_case
+from deepenc.arena.checks.planted import planted_defense
+from deepenc.arena.checks.tiny import TinySource
 from deepenc.arena.duel import fight, judged, measure
-from deepenc.arena.planted import planted_defense
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import TinySource
 from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from deepenc.arena.kit import groups
 from deepenc.errors import ConfigError
-from deepenc.victims import groups
 from deepenc.victims.augment import cropped, flipped
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.training import Batches, Recipe, fit

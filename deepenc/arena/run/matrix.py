@@ -11,49 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from deepenc.arena.duel import Task
-from deepenc.arena.owners import new_owner, retire
-from deepenc.arena.plan import Cell, Experiment, plan
-from deepenc.arena.pool import fight_all
-from deepenc.arena.record import Record
-from deepenc.arena.store import Store
-from deepenc.arena.worker import Workspace
+from deepenc.arena.plan import Experiment, Task, plan
+from deepenc.arena.run.leases import new_owner, retire
+from deepenc.arena.run.pool import Progress, Silent, fight_all
+from deepenc.arena.run.store import Store
+from deepenc.arena.run.worker import Workspace
 from deepenc.errors import ConfigError
 from deepenc.plugins import load_file
 
 log = logging.getLogger(__name__)
 
 DATABASE = "run.sqlite"
-
-
-class Progress(Protocol):
-    """Is told what a run does, by the one process that coordinates it."""
-
-    def planned(self, total: int, finished: int) -> None:
-        """Once, before the first cell: the cells of the plan, and how many are finished already."""
-
-    def started(self, cell: Cell) -> None:
-        """A cell is being fought."""
-
-    def finished(self, cell: Cell, record: Record) -> None:
-        """A cell's record is stored."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def planned(self, total: int, finished: int) -> None:
-        """See `Progress`."""
-
-    def started(self, cell: Cell) -> None:
-        """See `Progress`."""
-
-    def finished(self, cell: Cell, record: Record) -> None:
-        """See `Progress`."""
 
 
 @dataclass(frozen=True)

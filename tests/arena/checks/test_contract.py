@@ -8,10 +8,10 @@ import pytest
 import torch
 from pydantic import ConfigDict
 
-from deepenc.arena import contract_attacks
 from deepenc.arena.case import Attack, Claim
-from deepenc.arena.contract import Result, checks_for, run_checks
-from deepenc.arena.hosts import Noise, TwoEach
+from deepenc.arena.checks import attacks as contract_attacks
+from deepenc.arena.checks.contract import Result, checks_for, run_checks
+from deepenc.arena.checks.tiny import Noise, TwoEach
 from deepenc.arena.threat import Needs
 from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
 from deepenc.errors import PluginError

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from deepenc.arena.build import Encryption, build_case
-from deepenc.arena.contract import Broken, Check, differing, snapshot, watched
-from deepenc.arena.hosts import host_defense
+from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
+from deepenc.arena.checks.pry import pry
+from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection, most_suspect
-from deepenc.arena.pry import pry
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import tiny_subject
 from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Placement, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.tensors import tensors_of

@@ -15,14 +15,14 @@ import torch
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.case import Attack, Weakness
-from deepenc.arena.duel import fight, isolated, measure
-from deepenc.arena.planted import (
+from deepenc.arena.checks.planted import (
     Alike,
     PlantedPlacement,
     planted_defense,
     planted_subject,
     random_subject,
 )
+from deepenc.arena.duel import fight, isolated, measure
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 

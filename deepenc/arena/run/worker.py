@@ -11,10 +11,10 @@ from pathlib import Path
 
 from deepenc.arena.build import Encryption, Subject
 from deepenc.arena.case import Attack
-from deepenc.arena.duel import Task, duel
-from deepenc.arena.plan import Cell
+from deepenc.arena.checks.selftest import selftest
+from deepenc.arena.duel import duel
+from deepenc.arena.plan import Cell, Task
 from deepenc.arena.record import Record
-from deepenc.arena.selftest import selftest
 from deepenc.errors import DeepencError
 from deepenc.processes import settle
 from deepenc.victims.victim import Victim, VictimSource

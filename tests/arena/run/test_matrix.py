@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from deepenc.arena import pool
-from deepenc.arena.duel import Task
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.matrix import DATABASE, Silent, run
-from deepenc.arena.plan import Experiment, plan
-from deepenc.arena.store import Store
-from deepenc.arena.tiny import TinySource
+from deepenc.arena.checks.tiny import TinySource, host_defense
+from deepenc.arena.plan import Experiment, Task, plan
+from deepenc.arena.run import pool
+from deepenc.arena.run.matrix import DATABASE, run
+from deepenc.arena.run.pool import Silent
+from deepenc.arena.run.store import Store
 from deepenc.errors import ConfigError
 from deepenc.plugins import load_file
 
@@ -62,10 +61,10 @@ class Counting(Attack):
 SCRIPT = """
 import sys
 from pathlib import Path
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.matrix import run
+from deepenc.arena.checks.tiny import host_defense
+from deepenc.arena.run.matrix import run
 from deepenc.arena.plan import Experiment
-from deepenc.arena.tiny import TinySource
+from deepenc.arena.checks.tiny import TinySource
 from deepenc.plugins import load_file
 import json
 

@@ -8,14 +8,12 @@ import sys
 
 import pytest
 
-from deepenc.arena.duel import Task
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.owners import alive, new_owner, retire
-from deepenc.arena.plan import Cell, Entry
+from deepenc.arena.checks.tiny import TinySource, host_defense
+from deepenc.arena.plan import Cell, Entry, Task
 from deepenc.arena.record import Record
-from deepenc.arena.store import Store
+from deepenc.arena.run.leases import alive, new_owner, retire
+from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import TinySource
 from deepenc.errors import StoreError
 
 
@@ -77,7 +75,7 @@ def test_failed_cells_are_planned_again_on_demand(store):
 
 
 def test_cells_of_dead_processes_are_given_back(store):
-    code = "from deepenc.arena.owners import new_owner; print(new_owner())"
+    code = "from deepenc.arena.run.leases import new_owner; print(new_owner())"
     dead = subprocess.check_output([sys.executable, "-c", code], text=True).strip()
     mine, other = new_owner(), tasks(3)
     for task, owner in zip(other, (dead, mine, "elsewhere|1|2|3"), strict=True):

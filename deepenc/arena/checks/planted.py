@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deepenc.arena.build import Subject
 from deepenc.arena.case import Weakness
-from deepenc.arena.tiny import CLASSES, SEED, TinyNet, norms, settled, tiny_victim
+from deepenc.arena.checks.tiny import CLASSES, SEED, TinyNet, norms, settled, tiny_victim
 from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Placement, Weights
 from deepenc.network.sites import Role, slot_rows
 from deepenc.victims.victim import Images

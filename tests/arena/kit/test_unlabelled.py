@@ -11,7 +11,7 @@ from scipy.stats import entropy as scipy_entropy
 from torch import nn
 
 from deepenc.analysis.batchnorm import batchnorms, norm_moments
-from deepenc.arena.unlabelled import inconsistency, information, mismatches
+from deepenc.arena.kit.unlabelled import inconsistency, information, mismatches
 
 
 def test_information_against_scipy():

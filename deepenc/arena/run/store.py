@@ -27,9 +27,9 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError
 
-from deepenc.arena.duel import Task
-from deepenc.arena.owners import alive
+from deepenc.arena.plan import Task
 from deepenc.arena.record import Record
+from deepenc.arena.run.leases import alive
 from deepenc.errors import StoreError
 
 SCHEMA = 1

@@ -10,9 +10,9 @@ import torch
 from attacks.batchnorm_defaults import BatchNormDefaults
 from attacks.norms import Norms
 from deepenc.arena.case import Attack, Claim, Weakness
-from deepenc.arena.optimise import descend
-from deepenc.arena.planted import planted_defense, planted_subject, random_subject
-from deepenc.arena.selftest import _encryption, _random_encryption, selftest
+from deepenc.arena.checks.planted import planted_defense, planted_subject, random_subject
+from deepenc.arena.checks.selftest import _encryption, _random_encryption, selftest
+from deepenc.arena.kit.descent import descend
 from deepenc.network.surgery import narrow_sites
 from deepenc.plugins import build, get, names
 

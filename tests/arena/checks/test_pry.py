@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from deepenc.arena.build import Encryption, build_case
-from deepenc.arena.hosts import host_defense
+from deepenc.arena.checks.pry import Pry, pry
+from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection
-from deepenc.arena.pry import Pry, pry
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import tiny_subject
 
 THREAT = Threat(name="prying", labelled=128, unlabelled=16)
 SEED = 987654321

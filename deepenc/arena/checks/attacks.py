@@ -12,13 +12,12 @@ from torch import Tensor
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.arena.contract import Broken, Check, differing, snapshot, watched
-from deepenc.arena.duel import Task, duel, fight, isolated, measure
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.plan import Cell, Entry
-from deepenc.arena.selftest import selftest
+from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
+from deepenc.arena.checks.selftest import selftest
+from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
+from deepenc.arena.duel import duel, fight, isolated, measure
+from deepenc.arena.plan import Cell, Entry, Task
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import TinySource, tiny_subject
 from deepenc.encryption.keys.key import Key
 from deepenc.errors import OutOfBudget
 

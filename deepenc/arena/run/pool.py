@@ -5,18 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from deepenc.arena.duel import Task
-from deepenc.arena.store import Store
-from deepenc.arena.worker import Outcome, Workspace, serve
+from deepenc.arena.plan import Cell, Task
+from deepenc.arena.record import Record
+from deepenc.arena.run.store import Store
+from deepenc.arena.run.worker import Outcome, Workspace, serve
 from deepenc.processes import Crew, Worker, ready, threads
-
-if TYPE_CHECKING:
-    from deepenc.arena.matrix import Progress
 
 ATTEMPTS = 2
 """Workers that a cell may cost before it counts as failed."""
+
+
+class Progress(Protocol):
+    """Is told what a run does, by the one process that coordinates it."""
+
+    def planned(self, total: int, finished: int) -> None:
+        """Once, before the first cell: the cells of the plan, and how many are finished already."""
+
+    def started(self, cell: Cell) -> None:
+        """A cell is being fought."""
+
+    def finished(self, cell: Cell, record: Record) -> None:
+        """A cell's record is stored."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def planned(self, total: int, finished: int) -> None:
+        """See `Progress`."""
+
+    def started(self, cell: Cell) -> None:
+        """See `Progress`."""
+
+    def finished(self, cell: Cell, record: Record) -> None:
+        """See `Progress`."""
 
 
 def fight_all(

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from deepenc.arena.build import Encryption, build_case
-from deepenc.arena.hosts import host_defense
-from deepenc.arena.optimise import descend
+from deepenc.arena.checks.tiny import host_defense, tiny_subject
+from deepenc.arena.kit.descent import descend
 from deepenc.arena.threat import Threat
-from deepenc.arena.tiny import tiny_subject
 
 
 def case_with(**threat):

@@ -1,0 +1,1 @@
+"""What whoever writes an attack can use."""

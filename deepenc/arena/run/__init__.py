@@ -1,0 +1,1 @@
+"""Many duels, killed at any moment."""
