@@ -16,7 +16,7 @@ from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.encryption.cost.allocation import Patterns, select
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors
-from deepenc.victims.training import Recipe
+from deepenc.victims.recipe import Recipe
 
 
 class ReplaceBlock(TrainedAttack):

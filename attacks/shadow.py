@@ -18,7 +18,7 @@ from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError, DeepencError
 from deepenc.network.find import find_sites
 from deepenc.network.structure import named_tensors
-from deepenc.victims.cache import cache_folder
+from deepenc.victims.data.cache import cache_folder
 from deepenc.victims.victim import VictimSource
 
 FAMILY = ("paper-samp", "paper-init", "paper-mixed")  # where the victim's own defense cannot be run

@@ -26,7 +26,7 @@ from deepenc.arena.plan import Experiment
 from deepenc.arena.run import worker
 from deepenc.arena.run.matrix import DATABASE, run
 from deepenc.arena.run.store import Store
-from deepenc.victims.cache import cache_folder
+from deepenc.victims.data.cache import cache_folder
 
 PARTS: tuple[tuple[str, Any, str], ...] = (
     ("load the victim", worker.Workspace, "victim"),

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from deepenc.study.search import Search
 from deepenc.study.tuning import tune
-from deepenc.victims.cache import cache_folder
+from deepenc.victims.data.cache import cache_folder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tune_digits.yaml"
 SPACE = {

@@ -6,7 +6,7 @@ import pytest
 
 from deepenc.config import load
 from deepenc.errors import ConfigError
-from deepenc.victims.cache import cache_folder
+from deepenc.victims.data.cache import cache_folder
 
 GOOD = """\
 name: small

@@ -25,7 +25,8 @@ from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import fit
-from deepenc.victims import training
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.training import fit as train
 from deepenc.victims.victim import Images, Victim
 
 
@@ -135,8 +136,8 @@ def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption
         if drift:
             model = _plain_copy(victim.model, torch.device("cpu"))
             generator = torch.Generator().manual_seed(int.from_bytes(secret[:8]) >> 1)
-            recipe = training.Recipe(steps=drift, lr=0.01, final_lr=0.01)
-            training.fit(model, victim.defender, recipe, generator)
+            recipe = Recipe(steps=drift, lr=0.01, final_lr=0.01)
+            train(model, victim.defender, recipe, generator)
             victim = replace(victim, model=model)
         subject = Subject(victim, encryption.subject.sites)
         last = last.again(subject, secret)

@@ -63,7 +63,7 @@ def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, sc
     from deepenc.encryption.defense import Defense, Original
     from deepenc.encryption.tensors import tensors_of
     from deepenc.network.find import analyse
-    from deepenc.victims.cache import cache_folder
+    from deepenc.victims.data.cache import cache_folder
 
     try:
         source = source_named(spec)

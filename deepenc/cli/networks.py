@@ -57,7 +57,7 @@ def encrypt(
         raise ConfigError("expected a victim and a folder for the encrypted network; give OUT, too")
     from deepenc.encryption.defense import Defense
     from deepenc.encryption.encrypt import encrypt as make
-    from deepenc.victims.cache import cache_folder
+    from deepenc.victims.data.cache import cache_folder
 
     source, chosen = source_named(victim), Defense.of(defense)
     refuse_to_replace(key, force)

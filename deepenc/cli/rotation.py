@@ -57,7 +57,7 @@ def rotate(
     from deepenc.encryption.disk import checkpoint
     from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
     from deepenc.encryption.keys.key import load_key
-    from deepenc.victims.cache import cache_folder
+    from deepenc.victims.data.cache import cache_folder
 
     refuse_to_replace(new_key, force)
     refuse_to_replace(target, force)

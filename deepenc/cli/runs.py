@@ -48,7 +48,7 @@ def run(
     from deepenc.cli.progress import watch
     from deepenc.config import load
     from deepenc.plugins import load_file
-    from deepenc.victims.cache import cache_folder
+    from deepenc.victims.data.cache import cache_folder
 
     for path in plugin or ():
         load_file(path)

@@ -48,7 +48,7 @@ def tune(
     from deepenc.study import tuning
     from deepenc.study.outcome import write
     from deepenc.study.search import load_search
-    from deepenc.victims.cache import cache_folder
+    from deepenc.victims.data.cache import cache_folder
 
     for path in plugin or ():
         load_file(path)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deepenc.arena.record import Record
 from deepenc.arena.run import matrix
 from deepenc.arena.run.leases import alive, new_owner, retire
+from deepenc.arena.run.pool import Progress as Watcher
 from deepenc.arena.run.pool import Silent
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
@@ -91,7 +92,7 @@ def tune(
     plugin_files: Sequence[str | Path] = (),
     database: str | None = None,
     progress: Progress | None = None,
-    watcher: matrix.Progress | None = None,
+    watcher: Watcher | None = None,
 ) -> Tuned:
     """Search, and measure the winner again; what is stored already is not done again.
 

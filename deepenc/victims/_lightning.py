@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
-from deepenc.victims.training import Course
+from deepenc.victims.recipe import Course
 
 
 class Classifier(LightningModule):

@@ -16,7 +16,8 @@ from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout, insert
-from deepenc.victims.training import Recipe, fit
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.training import fit
 from deepenc.victims.victim import Images
 
 

@@ -11,7 +11,7 @@ from attacks.scratch import Scratch
 from deepenc.arena.kit.training import portion, train
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.sites import Role
-from deepenc.victims.training import Recipe
+from deepenc.victims.recipe import Recipe
 from deepenc.victims.victim import Images
 
 HEAD = {"linear.weight", "linear.bias"}

@@ -12,7 +12,7 @@ from deepenc.encryption.keys.key import Key
 from deepenc.errors import ConfigError, KeyFileError
 from deepenc.network.sites import Site
 from deepenc.plugins import build
-from deepenc.victims.cache import cache_folder
+from deepenc.victims.data.cache import cache_folder
 
 Net = tuple[nn.Module, Tensor, tuple[Site, ...]]
 DEFENSE = {"base": "paper-init", "name": "test", "placement": "absolute:count=3"}

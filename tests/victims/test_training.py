@@ -16,7 +16,8 @@ from torch import nn
 
 from deepenc.errors import ConfigError, OutOfBudget
 from deepenc.victims.augment import shifted
-from deepenc.victims.training import Batches, Recipe, fit
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.training import Batches, fit
 from deepenc.victims.victim import Images
 
 

@@ -11,7 +11,8 @@ from deepenc.arena.kit import groups
 from deepenc.errors import ConfigError
 from deepenc.victims.augment import cropped, flipped
 from deepenc.victims.models import CifarResNet
-from deepenc.victims.training import Batches, Recipe, fit
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.training import Batches, fit
 from deepenc.victims.victim import Images
 
 

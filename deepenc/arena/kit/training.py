@@ -11,7 +11,8 @@ from torch import nn
 
 from deepenc.arena.case import Attack, Case
 from deepenc.arena.threat import Needs
-from deepenc.victims.training import Recipe, fit
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.training import fit
 from deepenc.victims.victim import Images
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
-from deepenc.victims.data import checksum
+from deepenc.victims.data.splits import checksum
 
 log = logging.getLogger(__name__)
 

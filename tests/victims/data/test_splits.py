@@ -13,7 +13,7 @@ from torch import nn
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
-from deepenc.victims.data import checksum, digests, fingerprint, split, take
+from deepenc.victims.data.splits import checksum, digests, fingerprint, split, take
 from deepenc.victims.victim import Images
 
 

@@ -24,10 +24,10 @@ from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError
 from deepenc.plugins import build
-from deepenc.victims.cifar import Cifar10ResNet20
-from deepenc.victims.downstream import Downstream
-from deepenc.victims.factory import Network
-from deepenc.victims.folded import Folded
+from deepenc.victims.sources.cifar import Cifar10ResNet20
+from deepenc.victims.sources.downstream import Downstream
+from deepenc.victims.sources.folded import Folded
+from deepenc.victims.sources.network import Network
 from deepenc.victims.victim import Victim, source_of
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_the_fingerprint_is_its_own_and_sees_weights_and_data(folder):
 
 
 def test_the_public_network_is_folded_too(folder, monkeypatch):
-    monkeypatch.setattr("deepenc.victims.downstream.fit", lambda *_: True)
+    monkeypatch.setattr("deepenc.victims.sources.downstream.fit", lambda *_: True)
     base = Downstream(base=Cifar10ResNet20(folder=folder), folder=folder, trained=True)
     victim, original = Folded(base=base).load(folder), base.load(folder)
     assert norms(original.public) == 19 and norms(victim.public) == norms(victim.model) == 0

@@ -19,8 +19,8 @@ from deepenc.errors import ConfigError, PluginError, VictimError
 from deepenc.network.calling import call
 from deepenc.network.factory import Factory
 from deepenc.plugins import build
-from deepenc.victims.factory import Network, _usual
-from deepenc.victims.torchvision import Torchvision
+from deepenc.victims.sources.network import Network, _usual
+from deepenc.victims.sources.torchvision import Torchvision
 from deepenc.victims.victim import source_of
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
 from deepenc.network.factory import Factory
-from deepenc.victims.data import digests, fingerprint, split
+from deepenc.victims.data.cifar import DAMAGED, normalised, read_images
+from deepenc.victims.data.datasets import data_folder
+from deepenc.victims.data.splits import digests, fingerprint, split
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.victim import Images, Victim, VictimSource
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFENDER = 5000
 ATTACKER_SHARE = 0.4
-DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
-"""What the readers raise on files that are cut or altered."""
-LAYOUTS = {"CIFAR10": ("cifar10", "cifar-10-batches-py"), "CIFAR100": ("cifar100", "cifar-100-python")}
-"""Folders of the data sets, by torchvision's name: of the arrays, and as they are published."""
-Raw = tuple[NDArray[np.uint8], NDArray[np.int64]]
-"""Images ``(images, 32, 32, 3)`` and labels ``(images,)``."""
 
 
 class CifarSource(VictimSource):
@@ -124,26 +115,6 @@ class Cifar10ResNet56(CifarSource):
     depth: ClassVar[int] = 56
 
 
-def data_folder(given: Path | None, who: str) -> Path:
-    """The folder given, or that of the environment variable ``DEEPENC_DATA``.
-
-    Args:
-        given: By a configuration.
-        who: Needs it, for messages.
-
-    Raises:
-        VictimError: None is given, or it does not exist.
-    """
-    folder = given or os.environ.get("DEEPENC_DATA")
-    if not folder:
-        raise VictimError(
-            f"{who} needs a data folder; give it as `folder` or in the environment variable DEEPENC_DATA"
-        )
-    if not Path(folder).is_dir():
-        raise VictimError(f"{who}: no data folder at {Path(folder).absolute()}")
-    return Path(folder)
-
-
 def load_weights(root: Path, depth: int) -> CifarResNet:
     """The public ResNet of a depth, in eval mode.
 
@@ -167,49 +138,3 @@ def load_weights(root: Path, depth: int) -> CifarResNet:
             f"{found[0]} does not hold the weights of ResNet-{depth} ({error}); get the file anew"
         ) from error
     return model.eval()
-
-
-def read_images(root: Path, part: str, data: str = "CIFAR10") -> Raw:
-    """The images of CIFAR-10 or CIFAR-100, from either layout.
-
-    Args:
-        root: The data folder.
-        part: ``"train"`` or ``"test"``.
-        data: ``"CIFAR10"`` or ``"CIFAR100"``.
-
-    Raises:
-        VictimError: They are missing or unusable.
-    """
-    arrays, published = LAYOUTS[data]
-    archive, batches, called = root / arrays / f"{part}.npz", root / published, data.replace("R", "R-")
-    try:
-        if archive.is_file():
-            with archive.open("rb") as file, np.load(file, allow_pickle=False) as held:
-                images, labels = held["images"], held["labels"].astype(np.int64)
-        elif batches.is_dir():
-            from torchvision import datasets
-
-            found = getattr(datasets, data)(str(root), train=part == "train", download=False)
-            images, labels = found.data, np.array(found.targets, dtype=np.int64)
-        else:
-            raise VictimError(
-                f"no {called} in {root}: expected {archive} or {batches}; unpack "
-                f"{called.lower()}-python.tar.gz of cs.toronto.edu/~kriz/cifar.html there"
-            )
-    except (*DAMAGED, KeyError) as error:
-        raise VictimError(
-            f"the {called} {part} images in {root} are damaged ({error}); get them anew"
-        ) from error
-    if images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-        raise VictimError(
-            f"expected uint8 images (N, 32, 32, 3) with N labels in {root}, "
-            f"got {images.dtype} {images.shape} with {labels.shape}"
-        )
-    return images, labels
-
-
-def normalised(images: NDArray[np.uint8], labels: NDArray[np.int64], index: NDArray[np.int64]) -> Images:
-    """Chosen images as the networks take them: ``(images, 3, 32, 32)``, float32."""
-    pixels = torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    return Images(((pixels - mean) / deviation).contiguous(), torch.from_numpy(labels[index]))

@@ -12,8 +12,8 @@ from torch import nn
 
 from deepenc.analysis.folding import folding
 from deepenc.errors import ConfigError
-from deepenc.victims.cifar import Cifar10ResNet20
-from deepenc.victims.data import checksum
+from deepenc.victims.data.splits import checksum
+from deepenc.victims.sources.cifar import Cifar10ResNet20
 from deepenc.victims.victim import Victim, VictimSource, source_of
 
 

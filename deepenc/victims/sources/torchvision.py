@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 from deepenc.errors import VictimError, near
 from deepenc.network.factory import Factory
-from deepenc.victims.data import fingerprint, split
+from deepenc.victims.data.splits import fingerprint, split
 from deepenc.victims.victim import Images, Victim, VictimSource
 
 Transform = Callable[[Any], Tensor]

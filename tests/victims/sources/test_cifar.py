@@ -14,16 +14,11 @@ from torchvision.datasets import CIFAR10
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
-from deepenc.victims.cifar import (
-    DEVIATION,
-    MEAN,
-    Cifar10ResNet20,
-    Cifar10ResNet32,
-    Cifar10ResNet56,
-    normalised,
-)
-from deepenc.victims.data import digests
+from deepenc.victims.data.cifar import normalised
+from deepenc.victims.data.datasets import DEVIATION, MEAN
+from deepenc.victims.data.splits import digests
 from deepenc.victims.models import CifarResNet
+from deepenc.victims.sources.cifar import Cifar10ResNet20, Cifar10ResNet32, Cifar10ResNet56
 from deepenc.victims.victim import Images
 
 

@@ -19,11 +19,11 @@ from deepenc.errors import VictimError
 from deepenc.network.calling import call
 from deepenc.network.factory import Factory
 from deepenc.plugins import build
-from deepenc.victims.cifar import Cifar10ResNet20
-from deepenc.victims.data import digests
-from deepenc.victims.downstream import SEED, Downstream, with_head
-from deepenc.victims.factory import Network
-from deepenc.victims.torchvision import Torchvision
+from deepenc.victims.data.splits import digests
+from deepenc.victims.sources.cifar import Cifar10ResNet20
+from deepenc.victims.sources.downstream import SEED, Downstream, with_head
+from deepenc.victims.sources.network import Network
+from deepenc.victims.sources.torchvision import Torchvision
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {
@@ -117,7 +117,7 @@ def test_the_owner_trains_on_his_share_only_and_says_from_what(folder, monkeypat
         assert network.linear.out_features == 100 and recipe.epochs == 3 and recipe.lr == 0.2
         return quick(network, images, recipe, generator)
 
-    monkeypatch.setattr("deepenc.victims.downstream.fit", spying)
+    monkeypatch.setattr("deepenc.victims.sources.downstream.fit", spying)
     source = of(folder, trained=True, epochs=3, lr=0.2)
     victim = source.load(folder / "cache")
     defender, attacker, judged = contents(victim)
@@ -137,7 +137,7 @@ def test_the_owner_trains_on_his_share_only_and_says_from_what(folder, monkeypat
 
 
 def test_another_recipe_share_or_task_is_trained_anew(folder, monkeypatch):
-    monkeypatch.setattr("deepenc.victims.downstream.fit", quick)
+    monkeypatch.setattr("deepenc.victims.sources.downstream.fit", quick)
     variants = [{}, {"epochs": 2}, {"lr": 0.01}, {"share": 0.5}, {"classes": 50}]
     prints = {of(folder, trained=True, **fields).load(folder / "cache").fingerprint for fields in variants}
     assert len(list((folder / "cache").iterdir())) == len(variants)

@@ -21,15 +21,36 @@ from PIL import Image
 from torch import Tensor
 
 from deepenc.errors import VictimError
-from deepenc.victims.cifar import DEVIATION, MEAN
-from deepenc.victims.data import Index
+from deepenc.victims.data.splits import Index
 from deepenc.victims.victim import Images
 
 log = logging.getLogger(__name__)
 
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the channels of ImageNet's images, by which most networks expect theirs normalised."""
 RESIZE, CROP = 256, 224
 PREPARED = f"resize {RESIZE}, crop {CROP}, mean {MEAN}, deviation {DEVIATION}, float32, 1"
 """How images become inputs; a changed text is another array in the cache."""
+
+
+def data_folder(given: Path | None, who: str) -> Path:
+    """The folder given, or that of the environment variable ``DEEPENC_DATA``.
+
+    Args:
+        given: By a configuration.
+        who: Needs it, for messages.
+
+    Raises:
+        VictimError: None is given, or it does not exist.
+    """
+    folder = given or os.environ.get("DEEPENC_DATA")
+    if not folder:
+        raise VictimError(
+            f"{who} needs a data folder; give it as `folder` or in the environment variable DEEPENC_DATA"
+        )
+    if not Path(folder).is_dir():
+        raise VictimError(f"{who}: no data folder at {Path(folder).absolute()}")
+    return Path(folder)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.network.factory import Factory
-from deepenc.victims.cache import trained
-from deepenc.victims.data import digests, fingerprint, split, take
+from deepenc.victims.data.cache import trained
+from deepenc.victims.data.splits import digests, fingerprint, split, take
 from deepenc.victims.models import CifarResNet
-from deepenc.victims.training import Recipe, fit
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.training import fit
 from deepenc.victims.victim import Images, Victim, VictimSource
 
 SIZES = (697, 500, 600)

@@ -10,8 +10,8 @@ import torch
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
-from deepenc.victims.data import digests
-from deepenc.victims.digits import DigitsResNet
+from deepenc.victims.data.splits import digests
+from deepenc.victims.sources.digits import DigitsResNet
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_inputs_are_standardised(victim):
 
 
 def test_the_second_time_it_is_read_from_the_cache(victim, cache, monkeypatch):
-    monkeypatch.setattr("deepenc.victims.digits.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("deepenc.victims.sources.digits.fit", lambda *_: pytest.fail("trained again"))
     again = DigitsResNet().load(cache)
     assert again.fingerprint == victim.fingerprint
     network, example = DigitsResNet().network(cache)
@@ -65,25 +65,25 @@ def test_a_damaged_cache_is_trained_again(victim, cache, tmp_path, monkeypatch, 
     if damage == "altered":
         content[-5] ^= 1
     (tmp_path / file.name).write_bytes(content[: {"cut": 5000, "emptied": 0}.get(damage)])
-    monkeypatch.setattr("deepenc.victims.digits.fit", quick)
+    monkeypatch.setattr("deepenc.victims.sources.digits.fit", quick)
     with caplog.at_level(logging.WARNING):
         network, _ = DigitsResNet().network(tmp_path)
     assert "damaged" in caplog.text
     assert network.linear.bias[0] == 7
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    monkeypatch.setattr("deepenc.victims.digits.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("deepenc.victims.sources.digits.fit", lambda *_: pytest.fail("trained again"))
     assert DigitsResNet().network(tmp_path)[0].linear.bias[0] == 7
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("deepenc.victims.digits.fit", quick)
+    monkeypatch.setattr("deepenc.victims.sources.digits.fit", quick)
     (tmp_path / "file").write_text("")
     with pytest.raises(VictimError, match="another cache folder"):
         DigitsResNet().network(tmp_path / "file")
 
 
 def test_training_does_not_touch_the_global_generator(tmp_path, monkeypatch):
-    monkeypatch.setattr("deepenc.victims.digits.fit", quick)
+    monkeypatch.setattr("deepenc.victims.sources.digits.fit", quick)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     DigitsResNet().network(tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepenc.errors import VictimError
 from deepenc.network.factory import Factory, without_origin
-from deepenc.victims.torchvision import read_state
+from deepenc.victims.sources.torchvision import read_state
 from deepenc.victims.victim import Victim, VictimSource
 
 TOKENS = 16

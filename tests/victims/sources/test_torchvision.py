@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision import models
 
 from deepenc.errors import VictimError
-from deepenc.victims.data import digests
-from deepenc.victims.torchvision import Torchvision
+from deepenc.victims.data.splits import digests
+from deepenc.victims.sources.torchvision import Torchvision
 
 
 def fill(folder: Path, classes: list[str], each: int, seed: int) -> Path:

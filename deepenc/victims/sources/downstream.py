@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from deepenc.errors import VictimError
 from deepenc.network.calling import call
 from deepenc.network.factory import Factory
-from deepenc.victims.cache import trained
-from deepenc.victims.cifar import Cifar10ResNet20, data_folder
-from deepenc.victims.cifar100 import cifar100
-from deepenc.victims.data import checksum, split
-from deepenc.victims.datasets import Dataset, aircraft, cub
-from deepenc.victims.training import Recipe, fit
+from deepenc.victims.data.cache import trained
+from deepenc.victims.data.cifar import cifar100
+from deepenc.victims.data.datasets import Dataset, aircraft, cub, data_folder
+from deepenc.victims.data.splits import checksum, split
+from deepenc.victims.recipe import Recipe
+from deepenc.victims.sources.cifar import Cifar10ResNet20
+from deepenc.victims.training import fit
 from deepenc.victims.victim import Images, Victim, VictimSource
 
 log = logging.getLogger(__name__)

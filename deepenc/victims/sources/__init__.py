@@ -1,0 +1,1 @@
+"""Where victims come from; one kind a file."""
