@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.datasets import CIFAR100, FGVCAircraft
 
 from deepenc.errors import VictimError
+from deepenc.victims.data import datasets
 from deepenc.victims.data.cifar import cifar100, normalised
 from deepenc.victims.data.datasets import DEVIATION, MEAN, aircraft, cub, mapped, order
-from deepenc.victims.data.splits import datasets, split
+from deepenc.victims.data.splits import split
 
 SIZES = [(300, 260), (260, 300), (40, 500), (500, 31), (256, 256), (224, 224), (1, 1)]
 
