@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MOST = 12
+"""Modules in a folder of the core, beside its ``__init__.py``."""
 
 # Each room, and the rooms it may import besides itself.
 CORE = {
@@ -72,8 +76,61 @@ def breaches(root: Path) -> list[str]:
     return found
 
 
+def circles(root: Path) -> list[list[str]]:
+    """Modules that import each other in a circle, imports inside functions and for types included."""
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for room in ("deepenc", "attacks", "defenses")
+        for path in sorted((root / room).rglob("*.py"))
+    }
+    uses: dict[str, set[str]] = {}
+    for own, path in files.items():
+        found = {module if module in files else module.rpartition(".")[0] for _, module in imports(path)} - {
+            own,
+            "deepenc",
+        }  # the package's face imports lazily what it hands on
+        uses[own] = found & files.keys()
+    try:
+        tuple(TopologicalSorter(uses).static_order())
+    except CycleError as error:
+        return [list(error.args[1])]
+    return []
+
+
+def crowded(root: Path) -> list[str]:
+    """Folders of the core with more than a dozen modules."""
+    folders = Counter(path.parent for path in (root / "deepenc").rglob("*.py") if path.stem != "__init__")
+    return [
+        f"{folder.relative_to(root)}: {count} modules" for folder, count in folders.items() if count > MOST
+    ]
+
+
 def test_imports_follow_the_rules() -> None:
     assert not breaches(ROOT)
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    assert not circles(ROOT)
+
+
+def test_no_folder_is_crowded() -> None:
+    assert not crowded(ROOT)
+
+
+def test_a_planted_circle_and_a_crowd_are_found(tmp_path: Path) -> None:
+    room = tmp_path / "deepenc" / "network"
+    room.mkdir(parents=True)
+    (room / "a.py").write_text("from deepenc.network.b import B\n")
+    (room / "b.py").write_text("def late():\n    from deepenc.network import c\n")
+    (room / "c.py").write_text("from deepenc.errors import near\n")
+    assert not circles(tmp_path)
+    (room / "c.py").write_text("if False:\n    import deepenc.network.a\n")
+    assert sorted(set(circles(tmp_path)[0])) == [f"deepenc.network.{name}" for name in "abc"]
+    for number in range(MOST - 3):
+        (room / f"m{number}.py").touch()
+    assert not crowded(tmp_path)
+    (room / "one_more.py").touch()
+    assert crowded(tmp_path) == ["deepenc/network: 13 modules"]
 
 
 @pytest.mark.parametrize(
