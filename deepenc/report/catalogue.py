@@ -5,16 +5,17 @@ from __future__ import annotations
 from deepenc.arena.case import Attack
 from deepenc.arena.threat import Needs
 from deepenc.plugins import build, get, names
+from deepenc.report.format import ABSENT, markdown_table
 
 
 def attacks() -> str:
     """A table of all registered attacks: what each does, what it needs at least, what it promises to see."""
-    rows = [["attack", "what it does", "needs", "must see"], ["---"] * 4]
+    rows = [["attack", "what it does", "needs", "must see"]]
     for name in names("attack"):
         attack = build("attack", name)
         assert isinstance(attack, Attack)
-        rows.append([f"`{name}`", attack.summary(), needed(attack.needs), attack.tell or "—"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        rows.append([f"`{name}`", attack.summary(), needed(attack.needs), attack.tell or ABSENT])
+    return markdown_table(rows) + "\n"
 
 
 def needed(needs: Needs) -> str:
@@ -38,9 +39,9 @@ def needed(needs: Needs) -> str:
 
 def plugins(kind: str) -> str:
     """A table of all registered plugins of a kind: name and what it does."""
-    rows = [[kind, "what it does"], ["---"] * 2]
+    rows = [[kind, "what it does"]]
     for name in names(kind):
         found = get(kind, name)
         summary = found.summary() if callable(found.summary) else found.summary
         rows.append([f"`{name}`", summary])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown_table(rows) + "\n"

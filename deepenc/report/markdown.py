@@ -10,15 +10,15 @@ from deepenc.arena.record import Record
 from deepenc.arena.stats import CellSummary, summarise, worst
 from deepenc.errors import StoreError
 from deepenc.report.curves import Chart, apart, charts
+from deepenc.report.format import ABSENT, INTERVAL, by_frequency, estimate, markdown_table, states, with_keys
 from deepenc.report.frontier import TOLERABLE, Frontier, frontiers
 
 Cell = Callable[[CellSummary], str]
 
 LEGEND = (
-    "Accuracies in % of the judge's images, mean over keys; in brackets the 95 % interval (bootstrap over "
-    "keys; Wilson over images where all keys agree), in parentheses the owner's worst key. Detection: area "
-    "under the ROC curve, share of sites found exactly (share of keys with all sites found, and what the "
-    "paper's p^L makes it), bits of the key left to try. — was not measured."
+    f"Accuracies in % of the judge's images. {INTERVAL} (the owner's worst key). Detection: area under the "
+    "ROC curve, share of sites found exactly (share of keys with all sites found, and what the paper's p^L "
+    f"makes it), bits of the key left to try. {ABSENT} was not measured."
 )
 
 
@@ -68,26 +68,26 @@ def _strongest(records: Sequence[Record], summaries: Iterable[CellSummary]) -> s
     found = {s.group: s for s in summaries}
     rows = [["victim", "threat", "defense", "strongest attack (keys)", "accuracy", "advantage", "its cost"]]
     for line in worst(records):
-        attacks = sorted(line.attacks.items(), key=lambda item: -item[1])
-        cell = found[line.victim, line.defense, line.threat, attacks[0][0]]
+        strongest = by_frequency(line.attacks)[0][0]
+        cell = found[line.victim, line.defense, line.threat, strongest]
         rows.append(
             [
                 line.victim,
                 line.threat,
                 line.defense,
-                ", ".join(f"{name} ({keys})" for name, keys in attacks),
+                with_keys(line.attacks),
                 _estimate(line.accuracy, 100, 1),
-                "—" if line.advantage is None else _estimate(line.advantage, 1, 2),
+                _estimate(line.advantage, 1, 2),
                 _cost(cell),
             ]
         )
-    return _table(rows) if len(rows) > 1 else ""
+    return markdown_table(rows) if len(rows) > 1 else ""
 
 
 def _cost(summary: CellSummary) -> str:
     cost = summary.cost
     if cost is None:
-        return "—"
+        return ABSENT
     spent = [
         (cost.samples, "samples"),
         (cost.steps, "steps"),
@@ -108,7 +108,7 @@ def _pivot(summaries: Iterable[CellSummary], cell: Cell) -> str:
     for attack in dict.fromkeys(attack for attack, _ in found):
         line = [found.get((attack, defense)) for defense in defenses]
         rows.append([attack, *(cell(s) if s else "" for s in line)])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _chart(chart: Chart) -> str:
@@ -118,7 +118,7 @@ def _chart(chart: Chart) -> str:
         cells = [line.points.get(value) for value in chart.values]
         name = f"{line.attack} (falls)" if line.falls else line.attack
         rows.append([name, line.defense, *(_accuracy(s) if s else "" for s in cells)])
-    return f"**{chart.victim}, accuracy over {budget} under `{chart.threat}`**\n\n{_table(rows)}"
+    return f"**{chart.victim}, accuracy over {budget} under `{chart.threat}`**\n\n{markdown_table(rows)}"
 
 
 def _frontiers(found: Sequence[Frontier]) -> str:
@@ -133,49 +133,32 @@ def _frontiers(found: Sequence[Frontier]) -> str:
             gained = [
                 "" if p is None or p.advantage is None else _estimate(p.advantage, 1, 2) for p in points
             ]
-            rows.append([line.defense, *gained, "—" if line.holds is None else f"{line.holds:g}"])
+            rows.append([line.defense, *gained, ABSENT if line.holds is None else f"{line.holds:g}"])
         parts.append(
             f"**{victim}, advantage of the strongest attack over {name} under `{threat}`; a defense holds "
-            f"while its mean is at most {TOLERABLE:g}**\n\n{_table(rows)}"
+            f"while its mean is at most {TOLERABLE:g}**\n\n{markdown_table(rows)}"
         )
     return "\n\n".join(parts)
 
 
-def _table(rows: list[list[str]]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def _accuracy(summary: CellSummary) -> str:
     if summary.accuracy is None:
-        return ", ".join(f"{count} {state}" for state, count in summary.states.items())
+        return states(summary.states)
     mark = "*" if summary.unreliable else ""
     fifth = "" if summary.top5 is None else f"; top-5 {100 * summary.top5.mean:.1f}"
     return _estimate(summary.accuracy, 100, 1) + mark + fifth
 
 
-def _estimate(estimate: Estimate, factor: int, digits: int) -> str:
-    """The mean, its interval, and the owner's worst key.
-
-    Args:
-        estimate: What.
-        factor: All numbers are multiplied by it.
-        digits: After the point.
-    """
-
-    def text(number: float) -> str:
-        return f"{factor * number:.{digits}f}"
-
-    interval = estimate.interval
-    spread = f" [{text(interval.low)}, {text(interval.high)}]" if interval else ""
-    top = "" if estimate.least == estimate.most else f" ({text(estimate.most)})"
-    return text(estimate.mean) + spread + top
+def _estimate(value: Estimate | None, factor: int, digits: int) -> str:
+    """The mean, its interval, and in parentheses the owner's worst key where keys differ."""
+    text, most = estimate(value, factor, digits)
+    return text if value is None or value.least == value.most else f"{text} ({most})"
 
 
 def _detection(summary: CellSummary) -> str:
     found = summary.detection
     if found is None:
-        return "—"
+        return ABSENT
     layers = found.layers
     together = f" (all: {layers.joint:.0%}, by p^L {layers.product:.0%})" if found.exact.mean else ""
     return (

@@ -11,16 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deepenc.arena.estimates import Estimate
 from deepenc.arena.record import Record
 from deepenc.arena.stats import CellSummary, WorstSummary, summarise, worst
-
-ABSENT = "—"
-"""Stands where nothing was measured; never 0."""
+from deepenc.report.format import ABSENT, INTERVAL, count, percent, states, unit, with_keys
 
 LEGEND = (
-    "Mean over keys [95 % interval: bootstrap over keys; over the judge's images (Wilson) where all keys "
-    "agree]; `top` is the key on which the attack did best, the owner's worst. "
+    f"{INTERVAL}; `top` is the key on which the attack did best, the owner's worst. "
     "Advantage: 0 is no more than training from scratch, 1 the stolen original. "
     "AUC, TPR at 1 % false positives, share of sites found exactly, and bits of the key left to try: "
     "how well confusion channels were detected (chance: AUC 0.5, TPR 0.01). "
@@ -56,20 +52,18 @@ def overview(victim: str, strongest: Sequence[WorstSummary], summaries: Sequence
     for name in ("threat", "defense"):
         table.add_column(name, no_wrap=True)
     for name in ("memory", "key bits", "accuracy %", "top", "advantage", "top"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("strongest attack (keys)")
-    table.add_column("not done", justify="right")
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("strongest attack (keys)", overflow="fold")
+    table.add_column("not done", justify="right", overflow="fold")
     for line in strongest:
         memory, bits = price.get((line.victim, line.defense), (None, None))
-        attacks = sorted(line.attacks.items(), key=lambda item: -item[1])
         table.add_row(
             escape(line.threat),
             escape(line.defense),
             ABSENT if memory is None else f"+{100 * memory:.1f} %",
             ABSENT if bits is None else f"{bits:.0f}",
-            *_percent(line.accuracy),
-            *_unit(line.advantage),
-            escape(", ".join(f"{name} ({keys})" for name, keys in attacks)),
+            *map(escape, (*percent(line.accuracy), *unit(line.advantage))),
+            escape(with_keys(line.attacks)),
             str(line.missing) if line.missing else "",
         )
     return table
@@ -86,10 +80,10 @@ def cells(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
     table = _table(f"{victim} against {threat}")
     table.add_column("attack", no_wrap=True)
     for name in ("accuracy %", "top", "advantage", "AUC", "TPR", "exact", "bits"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for name in ("images", "steps", "s"):
-        table.add_column(name, justify="right", style="dim")
-    table.add_column("state", min_width=len("3 unsupported"))
+        table.add_column(name, justify="right", style="dim", overflow="fold")
+    table.add_column("state", overflow="fold")
     for defense, lines in groupby(summaries, key=lambda s: s.defense):
         table.add_section()
         table.add_row(escape(defense), style="bold")
@@ -99,6 +93,7 @@ def cells(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
 
 
 def _table(title: str) -> Table:
+    """A table whose columns fold where the terminal is narrow, so that none is dropped or cut."""
     table = Table(title=escape(title), box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.title_justify = "left"
     return table
@@ -116,13 +111,13 @@ def _cell(line: CellSummary) -> list[str]:
         if found
         else (ABSENT,) * 4
     )
-    spent = (_count(cost.samples), _count(cost.steps), f"{cost.seconds:.1f}") if cost else (ABSENT,) * 3
-    accuracy, top = _percent(line.accuracy)
+    spent = (count(cost.samples), count(cost.steps), f"{cost.seconds:.1f}") if cost else (ABSENT,) * 3
+    accuracy, top = percent(line.accuracy)
     return [
         f" {escape(_name(line))}",
-        accuracy,
+        escape(accuracy),
         top,
-        _unit(line.advantage)[0],
+        escape(unit(line.advantage)[0]),
         *detection,
         *spent,
         _state(line),
@@ -136,45 +131,12 @@ def _name(line: CellSummary) -> str:
 
 
 def _state(line: CellSummary) -> str:
-    said = [f"{count} {state.replace('_', ' ')}" for state, count in sorted(line.states.items())]
+    said = [states(line.states)]
     if line.diverged:
         said.append(f"{line.diverged} diverged")
     if line.unreliable:
         said.append("unreliable")
     return ", ".join(said)
-
-
-def _percent(value: Estimate | None) -> tuple[str, str]:
-    return _estimate(value, 100, 1)
-
-
-def _unit(value: Estimate | None) -> tuple[str, str]:
-    return _estimate(value, 1, 2)
-
-
-def _estimate(value: Estimate | None, factor: int, digits: int) -> tuple[str, str]:
-    """The mean with its interval, and the worst key's value."""
-    if value is None:
-        return ABSENT, ABSENT
-
-    def text(number: float) -> str:
-        return f"{factor * number:.{digits}f}"
-
-    interval = value.interval
-    spread = rf" \[{text(interval.low)} {text(interval.high)}]" if interval else ""
-    return text(value.mean) + spread, text(value.most)
-
-
-def _count(number: float) -> str:
-    """A count in at most five characters.
-
-    >>> _count(0), _count(950), _count(12_800), _count(3_000_000)
-    ('0', '950', '12.8k', '3M')
-    """
-    for limit, suffix in ((1_000_000, "M"), (1000, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.0f}"
 
 
 def _reasons(summaries: Iterable[CellSummary]) -> list[RenderableType]:

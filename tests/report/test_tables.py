@@ -89,8 +89,8 @@ def line(text: str, start: str) -> str:
 def test_a_cell_shows_what_was_measured() -> None:
     # By hand: keys 60 and 80 of 100; advantages (60 - 50) / 40 and (80 - 50) / 40.
     cells = line(shown(RECORDS), "guess").split()
-    assert cells[:4] == ["guess", "70.0", "[60.0", "80.0]"]
-    assert cells[4:8] == ["80.0", "0.50", "[0.25", "0.75]"]
+    assert cells[:4] == ["guess", "70.0", "[60.0,", "80.0]"]
+    assert cells[4:8] == ["80.0", "0.50", "[0.25,", "0.75]"]
     assert cells[8:12] == ["0.75", "0.25", "25%", "12"]
     assert cells[12:] == ["12.8k", "0", "1.2", "2", "done"]
 
@@ -119,6 +119,20 @@ def test_the_overview_takes_the_strongest_attack_of_every_key() -> None:
     for part in ("+4.2 %", "55", "70.0", "80.0", "0.75", "guess (2)"):
         assert part in found
     assert found.rstrip().endswith("4"), "the duels that did not end well are counted"
+
+
+def test_no_column_is_dropped_where_the_terminal_is_narrow() -> None:
+    text = shown(RECORDS, width=80)
+    for table in (
+        text.partition("strongest attack on each key")[0],
+        text.partition("strongest attack on each key")[2],
+    ):
+        assert all(len(x) <= 80 for x in table.splitlines())
+    head = " ".join(text.split())
+    for column in ("state", "strongest", "advantage", "TPR"):
+        assert column in head
+    assert "0.25," in head and "0.75]" in head, "intervals are folded, not cut"
+    assert "…" not in text
 
 
 def test_names_are_not_read_as_markup() -> None:

@@ -1,0 +1,85 @@
+"""How numbers and tables are written, in the terminal, in Markdown and in the catalogue alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from deepenc.arena.estimates import Estimate
+
+ABSENT = "—"
+"""Stands where nothing was measured; never 0."""
+
+INTERVAL = (
+    "Mean over keys [95 % interval: bootstrap over keys; over the judge's images (Wilson) where all keys "
+    "agree]"
+)
+
+
+def percent(value: Estimate | None) -> tuple[str, str]:
+    """A share in percent: the mean with its interval, and the owner's worst key."""
+    return estimate(value, 100, 1)
+
+
+def unit(value: Estimate | None) -> tuple[str, str]:
+    """An advantage: the mean with its interval, and the owner's worst key."""
+    return estimate(value, 1, 2)
+
+
+def estimate(value: Estimate | None, factor: int, digits: int) -> tuple[str, str]:
+    """The mean with its interval, and the largest value of a key.
+
+    Args:
+        value: What was estimated; None where nothing was.
+        factor: All numbers are multiplied by it.
+        digits: After the point.
+    """
+    if value is None:
+        return ABSENT, ABSENT
+
+    def text(number: float) -> str:
+        return f"{factor * number:.{digits}f}"
+
+    interval = value.interval
+    spread = f" [{text(interval.low)}, {text(interval.high)}]" if interval else ""
+    return text(value.mean) + spread, text(value.most)
+
+
+def count(number: float) -> str:
+    """A count in at most five characters.
+
+    >>> count(0), count(950), count(12_800), count(3_000_000)
+    ('0', '950', '12.8k', '3M')
+    """
+    for limit, suffix in ((1_000_000, "M"), (1000, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.0f}"
+
+
+def by_frequency(attacks: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Attacks and how many keys fell worst to each, the most frequent first."""
+    return sorted(attacks.items(), key=lambda item: -item[1])
+
+
+def with_keys(attacks: Mapping[str, int]) -> str:
+    """The attacks by which keys fell worst.
+
+    >>> with_keys({"norms": 1, "gates": 2})
+    'gates (2), norms (1)'
+    """
+    return ", ".join(f"{name} ({keys})" for name, keys in by_frequency(attacks))
+
+
+def states(counts: Mapping[str, int]) -> str:
+    """How many duels ended how.
+
+    >>> states({"out_of_budget": 1, "done": 2})
+    '2 done, 1 out of budget'
+    """
+    return ", ".join(f"{number} {state.replace('_', ' ')}" for state, number in sorted(counts.items()))
+
+
+def markdown_table(rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
