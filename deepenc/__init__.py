@@ -38,6 +38,8 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Checkpoint",
     "DeepencError",
@@ -49,6 +51,7 @@ __all__ = [
     "Site",
     "Slot",
     "Weights",
+    "__version__",
     "decrypt",
     "encrypt",
     "find_sites",
@@ -71,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import deepenc
 from deepenc.cli import inspection, networks, paper, plugins, rotation, runs, tuning
-from deepenc.cli.console import complain
+from deepenc.cli.console import complain, out
 from deepenc.errors import DeepencError
 
 
@@ -38,9 +39,18 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out().print(f"deepenc {deepenc.__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def _options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the library logs.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Encrypt trained networks with confusion neurons, let attacks loose on them, read the verdict.
 

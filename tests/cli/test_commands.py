@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
+import deepenc
 from deepenc import plugins
 from deepenc.cli import app
 from deepenc.encryption.defense import Defense
@@ -298,16 +300,14 @@ def test_check_holds_a_file_to_the_contract(run: Run, tmp_path: Path, scores: st
     del plugins._loaded["attack", f"last-{code}"]
 
 
+def test_the_module_is_the_command_and_knows_its_version(run: Run) -> None:
+    done = subprocess.run([sys.executable, "-m", "deepenc", "--version"], capture_output=True, text=True)
+    assert done.stdout == run("--version").stdout == f"deepenc {metadata.version('deepenc')}\n"
+    assert deepenc.__version__ == metadata.version("deepenc")
+
+
 def test_the_installed_command_fails_without_a_traceback(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from deepenc.cli import main; main()",
-        "list",
-        "attacks",
-        "--plugin",
-        "x",
-    ]
+    command = [sys.executable, "-m", "deepenc", "list", "attacks", "--plugin", "x"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}
     )
