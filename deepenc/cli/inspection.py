@@ -135,6 +135,8 @@ def _show(
 def _explain(left_out: Sequence[LeftOut]) -> None:
     console = out()
     console.print("Left out:" if left_out else "No layer was left out.")
+    reasons: dict[str, list[str]] = {}
     for item in left_out:
-        text = f"  {item.layer} ({item.channels} channels): {item.reason}"
-        console.print(text, markup=False, soft_wrap=True)
+        reasons.setdefault(item.layer, []).append(f"{item.channels} channels: {item.reason}")
+    for layer, parts in reasons.items():
+        console.print(f"  {layer}, {'; '.join(parts)}", markup=False, soft_wrap=True)

@@ -170,7 +170,7 @@ def test_inspect_shows_sites_and_what_a_defense_would_cost(run: Run) -> None:
     assert [line.split()[-2:] for line in result.stdout.splitlines() if line.split()[:2] == ["0", "20"]] == [
         ["1", "4.4"]
     ]
-    assert "5.weight (3 channels): it is an output of the network" in result.stdout
+    assert "5.weight, 3 channels: it is an output of the network" in result.stdout
 
 
 @pytest.mark.parametrize(
