@@ -84,7 +84,7 @@ class Encryption:
             defense,
             secret=secret,
             sites=subject.sites,
-            data=victim.defender.inputs,
+            data=victim.defender.inputs.clone(),
         )
         return cls._made(subject, defense, network, key, secret)
 
@@ -114,7 +114,7 @@ class Encryption:
             example=victim.example,
             previous=fit(self.subject.victim.model, self.tensors, self.key.layout()),
             secret=secret,
-            data=victim.defender.inputs,
+            data=victim.defender.inputs.clone(),
         )
         return self._made(subject, self.defense, network, key, secret)
 
@@ -201,7 +201,7 @@ def build_case(
         classes=victim.classes,
         example=torch.zeros_like(victim.example, device=device),
         defense=encryption.defense.spec(),
-        threat=threat,
+        threat=threat.model_copy(),  # its own: a frozen model can be written to by force
         seed=seed,
         device=device,
         meter=meter,

@@ -15,7 +15,7 @@ from torch import nn
 
 from deepenc.arena.build import Encryption, build_case, fresh
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.arena.metrics import checked_scores, detection, judge, most_suspect
+from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.arena.plan import Task
 from deepenc.arena.record import Accuracy, Cost, Record
 from deepenc.arena.threat import Meter, Threat
@@ -117,7 +117,8 @@ def judged(
     if images is not None and images < len(part):
         chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(part))[:images]))
         part = Images(part.inputs[chosen], part.labels[chosen])
-    return judge(network, part, victim.classes, who=who, device=device)
+    with independent(network, part, victim.classes, who=who, device=device):
+        return judge(network, part, victim.classes, who=who, device=device)
 
 
 @contextmanager

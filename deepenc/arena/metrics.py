@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ log = logging.getLogger(__name__)
 
 FEW = 10
 """Classes up to which the five highest say nothing worth counting."""
+
+ALONE, COMPANY = 16, 256
+"""Images, about, that are shown to a claimed network on their own, and at once."""
+ROUNDING = 1e-2
+"""Share of the spread of an image's outputs that another batch size may change: bfloat16 rounds by 4e-3."""
 
 Scores = dict[str, np.ndarray]
 """Site name -> suspicion per channel, float64, ``(width,)``."""
@@ -55,10 +61,9 @@ def judge(
     network = network.to(device).eval()
     correct = unreadable = top5 = 0
     with torch.no_grad():
-        for start in range(0, len(images), batch):
-            inputs = images.inputs[start : start + batch].to(device)
-            labels = images.labels[start : start + batch].to(device)
-            outputs = _checked_outputs(network(inputs), (len(inputs), classes), who)
+        for indices in torch.split(torch.arange(len(images)), batch):
+            outputs = _answers(network, images, indices, classes, who, device)
+            labels = images.labels[indices].to(device)
             nan = outputs.isnan().any(dim=1)
             order = outputs.argsort(dim=1, descending=True, stable=True)[:, :5]
             hits = (order == labels[:, None]) & ~nan[:, None]
@@ -70,6 +75,74 @@ def judge(
     return Accuracy(
         correct=correct, images=len(images), unreadable=unreadable, top5=top5 if classes > FEW else None
     )
+
+
+@contextmanager
+def independent(
+    network: nn.Module, images: Images, classes: int, *, who: str, device: torch.device | str = "cpu"
+) -> Iterator[None]:
+    """Judge inside a network whose answer to an image depends on that image alone.
+
+    The judge's images are for measuring: a network that adapts to them, by the statistics of its batch or by
+    what it was given before, is refused. Some images are shown on their own, before the network has seen any
+    other, and at the end among others; the answers must agree, and the network be what it was.
+
+    Args:
+        network: As for `judge`.
+        images: As for `judge`.
+        classes: As for `judge`.
+        who: As for `judge`.
+        device: As for `judge`.
+
+    Raises:
+        ClaimError: Answers depend on other images, or the network changes while it is judged.
+    """
+    network = network.to(device).eval()
+    before = _state(network)
+    asked = torch.arange(0, len(images), max(1, len(images) // ALONE))
+    others = torch.cat([asked, torch.arange(len(images))])[:COMPANY].flip(0)
+    with torch.no_grad():
+        alone = torch.cat([_answers(network, images, one, classes, who, device) for one in asked[:, None]])
+        yield
+        among = _answers(network, images, others, classes, who, device).flip(0)[: len(asked)]
+    if differing := int((~_alike(alone, among)).sum()):
+        raise ClaimError(
+            f"attack {who!r}: expected a network whose answer to an image depends on that image alone; for "
+            f"{differing} of {len(asked)} images it depends on the images beside or before it; set "
+            "BatchNorm's statistics, and all that is random, before the network is claimed"
+        )
+    after = _state(network)
+    if changed := sorted(n for n in before if n not in after or not _identical(before[n], after[n])):
+        raise ClaimError(
+            f"attack {who!r}: expected a network that stays as it is while it is judged; its forward changes "
+            f"{changed[:5]}; change copies"
+        )
+
+
+def _answers(
+    network: nn.Module, images: Images, indices: Tensor, classes: int, who: str, device: torch.device | str
+) -> Tensor:
+    """Outputs for some images, ``(indices, classes)``."""
+    inputs = images.inputs[indices].to(device)  # indexing copies: the network may write to its input
+    return _checked_outputs(network(inputs), (len(inputs), classes), who)
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in network.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _identical(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
+def _alike(first: Tensor, second: Tensor) -> Tensor:
+    """Which rows of two ``(images, classes)`` are equal but for what rounding explains, ``(images,)``."""
+    one, two = first.double().cpu(), second.double().cpu()
+    finite = one.isfinite() & two.isfinite()
+    plain = torch.where(finite, one, 0)
+    tolerance = ROUNDING * (plain.amax(1) - plain.amin(1) + ROUNDING * plain.abs().amax(1))
+    close = torch.where(finite, (one - two).abs() <= tolerance[:, None], one == two)
+    return (close | (one.isnan() & two.isnan())).all(dim=1)
 
 
 def _checked_outputs(outputs: object, shape: tuple[int, int], who: str) -> Tensor:

@@ -40,7 +40,7 @@ class Oracle:
         model, device = _authorised[self._number]
         home = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            answers: Tensor = model(inputs.detach().to(home))
+            answers: Tensor = model(inputs.detach().to(home, copy=True))
         return answers.to(device, copy=True)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Oracle:

@@ -61,8 +61,8 @@ class Victim:
 
     @property
     def example(self) -> Tensor:
-        """One input, as a batch of one."""
-        return self.defender.inputs[:1]
+        """One input, as a batch of one; a copy."""
+        return self.defender.inputs[:1].clone()
 
 
 class VictimSource(Plugin):

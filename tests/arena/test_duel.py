@@ -14,10 +14,11 @@ from torch import nn
 from deepenc.arena.build import Encryption, _leak, build_case
 from deepenc.arena.case import Attack, Claim
 from deepenc.arena.checks.base import differing, snapshot
-from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
+from deepenc.arena.checks.tiny import TinySource, TwoEach, host_defense, tiny_subject
 from deepenc.arena.duel import duel
+from deepenc.arena.oracle import Oracle as AuthorisedModel
 from deepenc.arena.plan import Cell, Entry, Task
-from deepenc.arena.threat import Needs, Threat
+from deepenc.arena.threat import Meter, Needs, Threat
 from deepenc.encryption.defense import Defense
 
 CPU = torch.device("cpu")
@@ -106,6 +107,31 @@ class Oracle(_Test):
         for parameter in case.encrypted.parameters():
             parameter.data.zero_()  # does not matter: the arena removes from a copy of its own
         return Claim(scores=scores)
+
+
+class Inverted(nn.Module):
+    """Writes to its input, as an in-place activation in front of the first layer does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images.mul_(-1))
+
+
+class InPlace(_Test):
+    def act(self, case):
+        if case.oracle is not None:
+            case.oracle(case.unlabelled)
+        return Claim(network=Inverted(case.copy()))
+
+
+class Scribbler(_Test):
+    def act(self, case):
+        case.example.add_(3)
+        case.threat.__dict__["labelled"] = 10**6
+        return Claim(network=case.encrypted)
 
 
 class Dice(_Test):
@@ -205,6 +231,39 @@ def test_the_victim_stays_as_it_was(encryption):
     fought(Oracle(positions=dict(encryption.key.positions)), encryption)
     fought(Spender(), encryption)
     assert differing(before, snapshot(model)) == []
+
+
+def test_a_network_that_writes_to_its_input_changes_nothing_for_others(encryption):
+    first = fought(Leave(), encryption).accuracy
+    parts = [tiny_subject().victim.judge, tiny_subject().victim.attacker, tiny_subject().victim.defender]
+    before = [(part.inputs.clone(), part.labels.clone()) for part in parts]
+    assert fought(InPlace(), encryption).state == "done"
+    assert fought(Scribbler(), encryption).state == "done"
+    for part, (inputs, labels) in zip(parts, before, strict=True):
+        assert torch.equal(part.inputs, inputs) and torch.equal(part.labels, labels)
+    assert fought(Leave(), encryption).accuracy == first
+    assert FULL.labelled == 20
+
+
+def test_a_defense_that_writes_to_the_images_changes_nothing_for_others():
+    class Painter(TwoEach):
+        def place(self, original, rng):
+            original.data.zero_()
+            original.example.add_(1)
+            return super().place(original, rng)
+
+    before = tiny_subject().victim.defender.inputs.clone()
+    Encryption.of(tiny_subject(), host_defense(placement=Painter()), bytes(32))
+    assert torch.equal(tiny_subject().victim.defender.inputs, before)
+
+
+def test_the_authorised_model_does_not_write_to_what_it_is_asked(encryption):
+    subject = tiny_subject()
+    writing = dataclasses.replace(subject.victim, model=Inverted(subject.victim.model))
+    oracle = AuthorisedModel(writing.model, CPU, Meter(Threat(name="t", oracle=99)))
+    asked = torch.ones(2, 3, 8, 8)
+    oracle(asked)
+    assert torch.equal(asked, torch.ones(2, 3, 8, 8))
 
 
 def test_images_are_copies_disjoint_and_never_the_judges(encryption):

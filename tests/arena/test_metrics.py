@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepenc.arena.metrics import checked_scores, detection, judge, most_suspect
+from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.errors import ClaimError
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.victims.victim import Images
@@ -85,6 +85,96 @@ def test_top5_against_a_plain_version(rows, data):
         for row, label in zip(rows, labels, strict=True)
     ]
     assert (found.correct, found.top5) == (sum(p == 0 for p in places), sum(p < 5 for p in places))
+
+
+class Normalised(nn.Module):
+    """One factor per class, behind a BatchNorm layer that a subclass may misuse."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.seen = 0
+
+    def forward(self, inputs):
+        return self.norm(inputs)
+
+
+class OfItsBatch(Normalised):
+    def forward(self, inputs):
+        if len(inputs) > 1:
+            return (inputs - inputs.mean(0)) / inputs.std(0)
+        return inputs
+
+
+class OfItsFirstBatch(Normalised):
+    """Adapts once, to the first batch that it gets, and keeps it where no state dict shows it."""
+
+    statistics = None
+
+    def forward(self, inputs):
+        if self.statistics is None and len(inputs) > 1:
+            self.statistics = (inputs.mean(0), inputs.std(0))
+        mean, deviation = self.statistics or (0, 1)
+        return (inputs - mean) / deviation
+
+
+class OfItsPast(Normalised):
+    def forward(self, inputs):
+        self.seen += len(inputs)
+        return inputs * torch.linspace(1, 1 + self.seen, 3)
+
+
+class AtRandom(Normalised):
+    def forward(self, inputs):
+        return inputs + torch.randn(inputs.shape)
+
+
+class Keeping(Normalised):
+    """Answers alike, and changes its own statistics all the same."""
+
+    def forward(self, inputs):
+        outputs = super().forward(inputs)
+        self.norm.running_mean += 1e-9 * inputs.mean(0) + 1e-9
+        return outputs
+
+
+class WritesToItsInput(Normalised):
+    def forward(self, inputs):
+        return self.norm(inputs.sub_(5).mul_(2))
+
+
+class HalfPrecise(Normalised):
+    def forward(self, inputs):
+        return (self.norm(inputs).bfloat16() + (len(inputs) > 1) * 2**-9).float()
+
+
+def noise(count=300):
+    generator = torch.Generator().manual_seed(0)
+    return Images(torch.randn(count, 3, generator=generator), torch.zeros(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("network", [OfItsBatch, OfItsFirstBatch, OfItsPast, AtRandom])
+def test_a_network_that_adapts_to_the_judges_images_is_refused(network):
+    late = network()
+    with pytest.raises(ClaimError, match=r"depends on that image alone.* of 1\d images"):  # noqa: SIM117
+        with independent(late, noise(), 3, who="thief"):
+            judge(late, noise(), 3, who="thief")
+
+
+def test_a_network_that_changes_itself_is_refused():
+    network = Keeping()
+    with pytest.raises(ClaimError, match=r"stays as it is.*norm.running_mean"):  # noqa: SIM117
+        with independent(network, noise(), 3, who="thief"):
+            judge(network, noise(), 3, who="thief")
+
+
+@pytest.mark.parametrize("network", [Normalised, WritesToItsInput, HalfPrecise])
+def test_other_networks_are_judged_and_the_images_stay(network):
+    network, pictures = network(), noise()
+    with independent(network, pictures, 3, who="thief"):
+        found = judge(network, pictures, 3, who="thief")
+    assert torch.equal(pictures.inputs, noise().inputs)
+    assert judge(network, noise(), 3, who="thief") == found
 
 
 @pytest.mark.parametrize(
