@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +17,7 @@ from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError, DeepencError
 from deepenc.network.find import find_sites
 from deepenc.network.structure import named_tensors
+from deepenc.seeds import derive
 from deepenc.victims.data.cache import cache_folder
 from deepenc.victims.victim import VictimSource
 
@@ -82,8 +82,8 @@ class Shadow(Attack):
         """Every site of every encryption of one network."""
         data = torch.cat([case.labelled.inputs, case.unlabelled])
         for key in range(self.encryptions):
-            about = f"shadow {case.seed} {number} {defense.name} {key}"
-            yield from own.encrypted(defense, hashlib.sha256(about.encode()).digest(), data, self.features)
+            secret = derive(case.seed.to_bytes(32), "shadow", number, defense.name, key)
+            yield from own.encrypted(defense, secret, data, self.features)
 
     def _cross(self, samples: Sequence[Sample], victim: Mapping[str, Rows], seed: int) -> Scores:
         """Score each channel by a classifier that did not learn that it is real."""

@@ -21,6 +21,7 @@ CORE = {
     "deepenc.errors": set(),
     "deepenc.__main__": {"deepenc.cli"},
     "deepenc.plugins": {"deepenc.errors"},
+    "deepenc.seeds": {"deepenc.errors"},
     "deepenc.processes": {"deepenc.errors", "deepenc.plugins"},
     "deepenc.network": {"deepenc.errors", "deepenc.plugins"},
     "deepenc.analysis": {"deepenc.errors", "deepenc.network"},
@@ -28,13 +29,13 @@ CORE = {
     "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network", "deepenc.analysis"},
 }
 PLUGINS = {"defenses": {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}}
-CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes"}
+CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes", "deepenc.seeds"}
 CORE["deepenc.study"] = {*CORE["deepenc.arena"], "deepenc.arena"}
 CORE["deepenc.report"] = {*CORE["deepenc.study"], "deepenc.study"}
 CORE["deepenc.config"] = CORE["deepenc.report"]
 CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
 CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
-PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena"}
+PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena", "deepenc.seeds"}
 OURS = {"deepenc", "attacks", "defenses", "benchmarks", "tests"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import fit
+from deepenc.seeds import derive, number
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit as train
 from deepenc.victims.victim import Images, Victim
@@ -132,10 +132,10 @@ def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption
     made: list[Encryption] = []
     victim, last = encryption.subject.victim, encryption
     for index in range(count):
-        secret = hashlib.sha256(b"release" + index.to_bytes(4) + encryption.secret).digest()
+        secret = derive(encryption.secret, "release", index)
         if drift:
             model = _plain_copy(victim.model, torch.device("cpu"))
-            generator = torch.Generator().manual_seed(int.from_bytes(secret[:8]) >> 1)
+            generator = torch.Generator().manual_seed(number(derive(secret, "drift")))
             recipe = Recipe(steps=drift, lr=0.01, final_lr=0.01)
             train(model, victim.defender, recipe, generator)
             victim = replace(victim, model=model)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from deepenc.arena.record import Accuracy, Cost, Record
 from deepenc.arena.threat import Meter, Threat
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.surgery import Layout, narrow_sites, remove
+from deepenc.seeds import derive, isolated, number
 from deepenc.victims.victim import Images, Victim
 
 
@@ -39,7 +37,7 @@ def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
     meter = Meter(threat)
     known: dict[str, Any] = {}
     try:
-        with isolated(_seed_of(task.secret), task.device):
+        with isolated(number(derive(task.secret, "global generators")), task.device):
             encrypted = encryption()
         with isolated(task.seed, task.device):
             known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
@@ -121,30 +119,6 @@ def judged(
         return judge(network, part, victim.classes, who=who, device=device)
 
 
-@contextmanager
-def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
-    """Keep all global generators as they were; inside, they start from a given seed.
-
-    Libraries draw from them (dropout, data loaders): so a duel depends on its seed alone, wherever and after
-    whatever it is fought. Gradients are on inside.
-
-    Args:
-        seed: Where the generators start inside: the attacker's seed, or one derived from the secret.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - other people's code uses it
-    devices = [torch.cuda.current_device()] if device == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
 def _lacking(threat: Threat, victim: Victim) -> str | None:
     """What a threat model promises that there is not, in words."""
     if threat.public_checkpoint and victim.public is None:
@@ -160,10 +134,6 @@ def _lacking(threat: Threat, victim: Victim) -> str | None:
         f"unlabelled images, together {wanted}; the attacker's part of {victim.name!r} has {held}: ask for "
         "fewer"
     )
-
-
-def _seed_of(secret: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(b"global generators" + secret).digest()[:8]) >> 1
 
 
 def _cost(meter: Meter) -> Cost:

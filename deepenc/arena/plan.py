@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +17,7 @@ from deepenc.arena.threat import Budget, Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import PluginError
 from deepenc.plugins import code_version, get, names, parse, parts_of
+from deepenc.seeds import Roots, derive, number
 from deepenc.victims.victim import VictimSource
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ class Experiment(BaseModel):
         threats: Threat models.
         keys: Keys per defense; a number without a second key has no interval.
         repeats: Attack seeds per key.
-        seed: Root of all keys and seeds. Leave it out, and each run draws its own: whoever guesses the
-            seed has the keys. Give one only to repeat a run exactly.
+        seed: Root of all keys. Leave it out, and each run draws its own: whoever guesses the seed has the
+            keys. Give one only to repeat a run exactly; the attackers' seeds are then always the same.
         judge: Judge's images to use at most; default: all.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
     """
@@ -173,12 +174,12 @@ class Cell:
     key: int
     repeat: int
 
-    def identity(self, victim_fingerprint: str, root: bytes, judge: int | None) -> str:
+    def identity(self, victim_fingerprint: str, roots: Roots, judge: int | None) -> str:
         """Hash of all that the result depends on.
 
         Args:
             victim_fingerprint: Of the victim's weights and data.
-            root: The run's root, from which keys and seeds are derived.
+            roots: The run's, from which keys and seeds are derived.
             judge: Judge's images at most.
         """
         plugins = (*parts_of(self.entry.attack), *parts_of(self.defense))
@@ -190,28 +191,30 @@ class Cell:
             "code": [code_version(plugin) for plugin in plugins],
             "key": self.key,
             "repeat": self.repeat,
-            "root": hashlib.sha256(root).hexdigest(),
+            "secret": hashlib.sha256(self.secret(roots)).hexdigest(),
+            "seeds": [self.attack_seed(roots), hashlib.sha256(b"%d" % self.leak_seed(roots)).hexdigest()],
             "judge": judge,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def secret(self, root: bytes) -> bytes:
+    def secret(self, roots: Roots) -> bytes:
         """The defender's 32-byte secret; nothing in a case leads back to it."""
-        return _derive(root, "secret", self.victim.spec(), self.defense.spec(), self.key)
+        return derive(roots.defender, "secret", self.victim.spec(), self.defense.spec(), self.key)
 
-    def attack_seed(self, root: bytes) -> int:
+    def attack_seed(self, roots: Roots) -> int:
         """The attacker's seed, the same against every defense, in [0, 2**63)."""
-        derived = _derive(root, "attack", self.victim.spec(), self.threat.family, self.key, self.repeat)
-        return int.from_bytes(derived[:8]) >> 1
+        return number(derive(roots.attackers, "attack", *self._place()))
 
-    def leak_seed(self, root: bytes) -> int:
+    def leak_seed(self, roots: Roots) -> int:
         """Chooses which positions leak to a partly informed attacker, in [0, 2**63).
 
         It is not the attacker's seed: knowing which of the positions leaked, counted from the first, would
         tell more than the positions themselves.
         """
-        derived = _derive(root, "leak", self.victim.spec(), self.threat.family, self.key, self.repeat)
-        return int.from_bytes(derived[:8]) >> 1
+        return number(derive(roots.defender, "leak", *self._place()))
+
+    def _place(self) -> list[Any]:
+        return [self.victim.spec(), self.threat.family, self.key, self.repeat]
 
 
 @dataclass(frozen=True)
@@ -230,21 +233,21 @@ class Task:
 
     cell: Cell
     identity: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     seed: int
     leak_seed: int
     judge: int | None
     device: str
 
     @classmethod
-    def of(cls, cell: Cell, fingerprint: str, root: bytes, judge: int | None, device: str) -> Task:
-        """Derive everything from the run's root; ``fingerprint`` is the victim's."""
+    def of(cls, cell: Cell, fingerprint: str, roots: Roots, judge: int | None, device: str) -> Task:
+        """Derive everything from the run's roots; ``fingerprint`` is the victim's."""
         return cls(
             cell,
-            cell.identity(fingerprint, root, judge),
-            cell.secret(root),
-            cell.attack_seed(root),
-            cell.leak_seed(root),
+            cell.identity(fingerprint, roots, judge),
+            cell.secret(roots),
+            cell.attack_seed(roots),
+            cell.leak_seed(roots),
             judge,
             device,
         )
@@ -264,10 +267,6 @@ class Task:
             protected=cell.defense.protects,
             **measured,
         )
-
-
-def _derive(root: bytes, role: str, *parts: Any) -> bytes:
-    return hashlib.sha256(root + json.dumps([role, *parts], sort_keys=True).encode()).digest()
 
 
 def plan(experiment: Experiment) -> list[Cell]:

@@ -73,16 +73,15 @@ def defense_of(search: Search, trial: FrozenTrial) -> Defense:
     return search.variant(trial.params, f"{search.name}-{trial.number}")
 
 
-def final_experiment(search: Search, winners: Sequence[FrozenTrial], seed: int) -> Experiment:
+def final_experiment(search: Search, winners: Sequence[FrozenTrial]) -> Experiment:
     """The duels of the finalists and of what they are set against, under keys the search has not seen.
 
     Args:
         search: What was searched.
         winners: From `chosen`.
-        seed: Root of the fresh keys.
     """
     defenses = (*(defense_of(search, trial) for trial in winners), *search.against)
-    return search.experiment(*defenses, name=f"{search.name}-fresh", keys=search.fresh_keys, seed=seed)
+    return search.experiment(*defenses, name=f"{search.name}-fresh", keys=search.fresh_keys)
 
 
 def finalist(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import warnings
@@ -23,11 +22,6 @@ ENUMERABLE = 4096
 """Points of a space that are listed one by one."""
 ATTEMPTS, DRAWS = 8, 1000
 """Proposals of Optuna's sampler, and then points at random, before the space counts as used up."""
-
-
-def derived(root: str, *parts: object) -> int:
-    """A seed in [0, 2**32) that depends on all of these."""
-    return int.from_bytes(hashlib.sha256(json.dumps([root, *map(str, parts)]).encode()).digest()[:4])
 
 
 def distribution(axis: Axis) -> BaseDistribution:

@@ -21,6 +21,7 @@ from deepenc.arena.stats import References, worst
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError
+from deepenc.seeds import Roots
 from deepenc.study.search import Objective, Search
 from deepenc.victims.victim import Images, Victim
 
@@ -60,7 +61,7 @@ class Evaluator:
         root: Root of the tuning keys and seeds.
     """
 
-    def __init__(self, search: Search, cache: Path, root: bytes) -> None:
+    def __init__(self, search: Search, cache: Path, root: Roots) -> None:
         self._search, self._root = search, root
         self._whole = Subject.of(search.victim.load(cache))
         self._subject = Subject(tuning_part(self._whole.victim, search.held_out), self._whole.sites)

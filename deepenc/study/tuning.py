@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +20,9 @@ from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import load_file
 from deepenc.processes import Crew, Worker, ready, threads
+from deepenc.seeds import Roots, derive, number, random_root
 from deepenc.study.outcome import Finalist, chosen, defense_of, final_experiment, finalist
-from deepenc.study.sampling import derived, identity, points, sampler
+from deepenc.study.sampling import identity, points, sampler
 from deepenc.study.search import CHANGEABLE, RISING, Search
 from deepenc.study.trials import Evaluator, Result
 from deepenc.study.workers import Brief, Step, serve
@@ -117,7 +116,7 @@ def tune(
     folder, started = Path(folder), time.perf_counter()
     with _locked(folder), _quiet():
         study = open_study(search, folder, database)
-        root = bytes.fromhex(study.user_attrs["root"])
+        root = Roots.fromhex(study.user_attrs["root"])
         evaluator = Evaluator(search, Path(cache), root)
         brief = Brief(_plain(search), Path(cache), root, files, threads(workers))
         hired: Crew[Worker[_Job]] = Crew(workers if workers > 1 else 0, lambda: Worker(serve, brief))
@@ -128,15 +127,14 @@ def tune(
             fought = _there(desk, crew, references) if crew.workers else _here(desk, evaluator)
         seconds = time.perf_counter() - started
         winners = chosen(search, study)
-        seed = derived(study.user_attrs["root"], "fresh")
-        experiment = final_experiment(search, winners, seed)
+        experiment, roots = final_experiment(search, winners), root.below("fresh")
         watch = watcher or Silent()
         fresh = folder / FRESH
-        matrix.run(experiment, fresh, cache=cache, workers=workers, plugin_files=files, progress=watch)
+        matrix.run(
+            experiment, fresh, cache=cache, workers=workers, plugin_files=files, progress=watch, roots=roots
+        )
         records = _records(fresh)
-        secrets = [
-            hashlib.sha256(f"response {seed} {key}".encode()).digest() for key in range(search.fresh_keys)
-        ]
+        secrets = [derive(roots.defender, "response", key) for key in range(search.fresh_keys)]
         everyone: list[FrozenTrial | Defense] = [*winners, *search.against]
         found = []
         for one in everyone:
@@ -173,8 +171,8 @@ def open_study(search: Search, folder: Path, database: str | None = None) -> Stu
     wanted, stored = search.identity(), study.user_attrs.get("search")
     if stored is None:
         study.set_user_attr("search", wanted)
-        own = None if search.seed is None else f"{derived('tune', search.seed):064x}"
-        study.set_user_attr("root", own or os.urandom(32).hex())
+        own = random_root() if search.seed is None else Roots.of_seed(search.seed).below("tune").hex()
+        study.set_user_attr("root", own)
         if (start := search.start()) is not None:
             study.enqueue_trial(start)
     elif stored != wanted:
@@ -186,8 +184,9 @@ def open_study(search: Search, folder: Path, database: str | None = None) -> Stu
             "new ones; give another name or --out, or restore what was changed"
         )
     # After what is stored, so that a resumed search does not draw its first trials again.
-    seed = derived(study.user_attrs["root"], "sampler", len(study.get_trials(deepcopy=False)))
-    study.sampler = sampler(search, seed, parallel=True)
+    roots = Roots.fromhex(study.user_attrs["root"])
+    seed = number(derive(roots.attackers, "sampler", len(study.get_trials(deepcopy=False))))
+    study.sampler = sampler(search, seed % 2**32, parallel=True)
     return study
 
 

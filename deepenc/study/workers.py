@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepenc.processes import settle
+from deepenc.seeds import Roots
 from deepenc.study.search import Search
 from deepenc.study.trials import Evaluator
 
@@ -27,7 +28,7 @@ class Brief:
 
     search: dict[str, Any]
     cache: Path
-    root: bytes
+    root: Roots
     plugin_files: tuple[Path, ...]
     threads: int
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from attacks.norms import Norms
 from deepenc.arena.plan import Experiment, plan
+from deepenc.seeds import Roots
 
 BASE = {
     "name": "plan",
@@ -56,7 +57,7 @@ def test_a_curve_meets_a_threat_for_every_value_and_so_do_the_references():
 def test_the_points_of_a_curve_share_the_seeds_of_their_threat():
     entry = {"name": "finetune", "curve": {"over": "steps", "values": [1, 5]}}
     found = [c for c in cells(attacks=["norms", entry], keys=1) if c.defense.protects]
-    root = bytes(32)
+    root = Roots.of(bytes(32))
     assert len({c.attack_seed(root) for c in found}) == len({c.leak_seed(root) for c in found}) == 1
     assert len({c.identity("v", root, None) for c in found}) == len(found)
 
@@ -86,8 +87,8 @@ def test_the_code_of_nested_plugins_is_part_of_a_cells_identity(monkeypatch):
 
     nested = {"name": "partial-key", "then": "norms"}
     (cell,) = [c for c in cells(attacks=[nested], keys=1) if c.entry.label == "partial-key"]
-    before = cell.identity("v", bytes(32), None)
+    before = cell.identity("v", Roots.of(bytes(32)), None)
     seen = []
     monkeypatch.setattr(module, "code_version", lambda plugin: seen.append(plugin.name) or "changed")
-    assert cell.identity("v", bytes(32), None) != before
+    assert cell.identity("v", Roots.of(bytes(32)), None) != before
     assert seen[:2] == ["partial-key", "norms"]

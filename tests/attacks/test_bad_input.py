@@ -9,10 +9,11 @@ import torch
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.tiny import host_defense, tiny_subject
-from deepenc.arena.duel import fight, isolated, measure
+from deepenc.arena.duel import fight, measure
 from deepenc.arena.threat import Threat
 from deepenc.errors import OutOfBudget
 from deepenc.plugins import build, names
+from deepenc.seeds import isolated
 from deepenc.victims.victim import Images
 
 QUICK = {

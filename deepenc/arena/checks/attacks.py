@@ -15,11 +15,12 @@ from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
-from deepenc.arena.duel import duel, fight, isolated, measure
+from deepenc.arena.duel import duel, fight, measure
 from deepenc.arena.plan import Cell, Entry, Task
 from deepenc.arena.threat import Threat
 from deepenc.encryption.keys.key import Key
 from deepenc.errors import OutOfBudget
+from deepenc.seeds import isolated
 
 CPU = torch.device("cpu")
 SEED = 4242

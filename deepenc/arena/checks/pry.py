@@ -11,6 +11,7 @@ import hashlib
 import types
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.arena.case import Attack, Case, Claim
+from deepenc.arena.plan import Cell, Entry
 from deepenc.arena.threat import Needs
+from deepenc.encryption.defense import Defense
 from deepenc.encryption.keys.secret import derive_positions, secret_of
 from deepenc.network.sites import Site
 from deepenc.network.surgery import narrow_sites
+from deepenc.seeds import Roots
+from deepenc.victims.victim import VictimSource
 
 # Fields that are meant to speak of sites; everything else in a case is searched.
 _SPOKEN = {"sites", "configuration", "defense", "threat", "seed", "classes", "device"}
@@ -74,16 +79,19 @@ class Pry(Attack):
         return Claim(scores=pry(case).scores)
 
 
-def pry(case: Case) -> Findings:
+def pry(case: Case, victim: VictimSource | None = None) -> Findings:
     """Search a case.
 
     Args:
         case: With configuration and architecture known.
+        victim: The victim that the attacker guesses; with one, he tries the small seeds of an experiment too.
     """
     found = Findings({site.name: torch.zeros(site.width, dtype=torch.float64) for site in case.sites})
     _search_objects(case, found)
     _search_tensors(case, found)
     _try_seeds(case, found)
+    if victim is not None:
+        _try_experiments(case, found, victim)
     return found
 
 
@@ -259,8 +267,7 @@ def _try_seeds(case: Case, found: Findings) -> None:
     """Try secrets that follow from seeds: with the right one, the victim of the checks is always right."""
     if not len(case.labelled) or not case.configuration or not any(case.configuration.values()):
         return
-    placeholders = {name: tuple(range(count)) for name, count in case.configuration.items()}
-    originals = narrow_sites(case.sites, placeholders)
+    originals = _originals(case)
     guesses = [derive_positions(s, originals, case.configuration) for s in _secrets(case.seed)]
     rates = [_rate(case, guess) for guess in guesses]
     best = rates.index(max(rates))
@@ -268,6 +275,33 @@ def _try_seeds(case: Case, found: Findings) -> None:
         found.notes.append(f"the secret follows from a seed (guess {best} of {len(guesses)})")
         for name, chosen in guesses[best].items():
             found.scores[name][list(chosen)] += 1
+
+
+def _try_experiments(case: Case, found: Findings, victim: VictimSource) -> None:
+    """See whether the attacker's own seed tells the experiment's, from which the secrets follow."""
+    defense, entry = Defense.model_validate(case.defense), Entry(attack=Pry())
+    cells = [
+        Cell(victim, defense, entry, case.threat, key, repeat) for key, repeat in product(range(3), repeat=2)
+    ]
+    tries = [(Roots.of_seed(seed), cell) for seed in _SMALL_SEEDS for cell in cells]
+    guesses = [(roots, cell) for roots, cell in tries if cell.attack_seed(roots) == case.seed]
+    if len(guesses) != 1:
+        return  # every seed of an experiment would have given this one, or none
+    roots, cell = guesses[0]
+    found.notes.append("case.seed tells the seed of the experiment, from which the secret follows")
+    _score_secret(case, found, cell.secret(roots))
+
+
+def _score_secret(case: Case, found: Findings, secret: bytes) -> None:
+    assert case.configuration is not None
+    for name, chosen in derive_positions(secret, _originals(case), case.configuration).items():
+        found.scores[name][list(chosen)] += 1
+
+
+def _originals(case: Case) -> tuple[Site, ...]:
+    """The victim's sites, as widths alone tell them."""
+    assert case.configuration is not None
+    return narrow_sites(case.sites, {name: tuple(range(count)) for name, count in case.configuration.items()})
 
 
 def _secrets(seed: int) -> Iterator[bytes]:

@@ -22,9 +22,10 @@ from deepenc.arena.checks.planted import (
     planted_subject,
     random_subject,
 )
-from deepenc.arena.duel import fight, isolated, measure
+from deepenc.arena.duel import fight, measure
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
+from deepenc.seeds import isolated
 
 IMAGES = 128
 CPU = torch.device("cpu")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from deepenc.arena.run.store import Store
 from deepenc.arena.run.worker import Workspace
 from deepenc.errors import ConfigError
 from deepenc.plugins import load_file
+from deepenc.seeds import Roots, random_root
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +55,7 @@ def run(
     progress: Progress | None = None,
     retry_failed: bool = False,
     database: str | None = None,
+    roots: Roots | None = None,
 ) -> Summary:
     """Fight all cells of an experiment that are not finished yet.
 
@@ -71,6 +71,7 @@ def run(
         progress: Is told what goes on.
         retry_failed: Fight failed cells again.
         database: URL of another database.
+        roots: Of keys and seeds, in place of the experiment's own.
 
     Raises:
         ConfigError: A number of workers below 1, or a device that is not there.
@@ -89,7 +90,8 @@ def run(
     folder = Path(folder)
     workspace = Workspace(Path(cache))
     with Store(database or folder / DATABASE) as store:
-        tasks = _tasks(experiment, store, workspace, device_of(experiment))
+        roots = roots or _roots(experiment, store)
+        tasks = _tasks(experiment, roots, workspace, device_of(experiment))
         store.sync(tasks, experiment.spec())
         store.recover()
         if retry_failed:
@@ -121,19 +123,18 @@ def device_of(experiment: Experiment) -> str:
     return experiment.device
 
 
-def _tasks(experiment: Experiment, store: Store, workspace: Workspace, device: str) -> list[Task]:
-    root = _root(experiment, store)
+def _tasks(experiment: Experiment, roots: Roots, workspace: Workspace, device: str) -> list[Task]:
     return [
-        Task.of(cell, workspace.victim(cell.victim).fingerprint, root, experiment.judge, device)
+        Task.of(cell, workspace.victim(cell.victim).fingerprint, roots, experiment.judge, device)
         for cell in plan(experiment)
     ]
 
 
-def _root(experiment: Experiment, store: Store) -> bytes:
+def _roots(experiment: Experiment, store: Store) -> Roots:
     """From the experiment's seed where it has one; else drawn once, and kept in the database."""
     if experiment.seed is not None:
-        return hashlib.sha256(f"deepenc root {experiment.seed}".encode()).digest()
-    return bytes.fromhex(store.put_new("root", os.urandom(32).hex()))
+        return Roots.of_seed(experiment.seed)
+    return Roots.fromhex(store.put_new("root", random_root()))
 
 
 @contextmanager

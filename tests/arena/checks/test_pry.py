@@ -9,9 +9,12 @@ from torch import nn
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.pry import Pry, pry
-from deepenc.arena.checks.tiny import host_defense, tiny_subject
+from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection
+from deepenc.arena.plan import Cell, Entry, Task
 from deepenc.arena.threat import Threat
+from deepenc.encryption.defense import Defense
+from deepenc.seeds import Roots
 
 THREAT = Threat(name="prying", labelled=128, unlabelled=16)
 SEED = 987654321
@@ -139,6 +142,28 @@ def test_secrets_that_follow_from_a_seed(secret):
     case = case_of(encryption)
     found = pry(case)
     assert any("follows from a seed" in note for note in found.notes)
+    assert auc(found, case, encryption) == 1
+
+
+def duel_of(seed):
+    """A case as a run with `seed:` in its configuration makes it, and its encryption."""
+    cell = Cell(TinySource(), host_defense(), Entry(attack=Pry()), THREAT, 1, 0)
+    task = Task.of(cell, "fingerprint", Roots.of_seed(seed), None, "cpu")
+    encryption = Encryption.of(tiny_subject(), host_defense(), task.secret)
+    return encryption, build_case(encryption, THREAT, task.seed, task.leak_seed, torch.device("cpu"))
+
+
+def test_the_seed_of_an_attacker_does_not_tell_that_of_the_experiment(monkeypatch):
+    monkeypatch.setattr(Defense, "model_validate", lambda spec: host_defense())
+    encryption, case = duel_of(2)
+    found = pry(case, TinySource())
+    assert found.notes == [] and not found.anything
+    # Were the attackers' seeds derived from the experiment's as well, guesses could be confirmed.
+    slow = Roots.of_seed
+    monkeypatch.setattr(Roots, "of_seed", lambda seed: Roots(slow(seed).defender, slow(seed).defender))
+    encryption, case = duel_of(2)
+    found = pry(case, TinySource())
+    assert found.notes == ["case.seed tells the seed of the experiment, from which the secret follows"]
     assert auc(found, case, encryption) == 1
 
 

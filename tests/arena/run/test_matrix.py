@@ -20,6 +20,7 @@ from deepenc.arena.run.pool import Silent
 from deepenc.arena.run.store import Store
 from deepenc.errors import ConfigError
 from deepenc.plugins import load_file
+from deepenc.seeds import Roots
 
 PLUGIN = '''
 import os, signal, time
@@ -257,7 +258,7 @@ class DyingPool:
 
 def test_what_kills_two_workers_has_failed_and_the_run_goes_on(tmp_path, plugin, monkeypatch):
     monkeypatch.setattr(pool, "ready", lambda workers: [w for w in workers if w.task is not None])
-    tasks = [Task.of(cell, "f", bytes(32), None, "cpu") for cell in plan(experiment())]
+    tasks = [Task.of(cell, "f", Roots.of(bytes(32)), None, "cpu") for cell in plan(experiment())]
     workers = DyingPool()
     with Store(tmp_path / DATABASE) as store:
         store.sync(tasks, {})

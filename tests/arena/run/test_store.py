@@ -15,12 +15,13 @@ from deepenc.arena.run.leases import alive, new_owner, retire
 from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat
 from deepenc.errors import StoreError
+from deepenc.seeds import Roots
 
 
 def tasks(count):
     entry, threat = Entry.model_validate("null"), Threat(name="t")
     cells = [Cell(TinySource(), host_defense(), entry, threat, key, 0) for key in range(count)]
-    return [Task.of(cell, "victim", bytes(32), None, "cpu") for cell in cells]
+    return [Task.of(cell, "victim", Roots.of(bytes(32)), None, "cpu") for cell in cells]
 
 
 @pytest.fixture
