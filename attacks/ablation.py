@@ -18,7 +18,6 @@ from deepenc.errors import ClaimError
 from deepenc.network.gates import gated_slots
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
-from deepenc.network.surgery import forged_entries
 
 
 class Ablation(Attack):
@@ -120,9 +119,8 @@ def silence(network: nn.Module, site: Site, channels: Sequence[int]) -> None:
     """Zero what carries channels on, in place."""
     tensors = named_tensors(network)
     for slot in gated_slots(site):
-        entries = forged_entries(slot, channels) + slot.start
         tensor = tensors[slot.tensor].detach()
-        tensor.index_fill_(slot.dim, entries.to(tensor.device), 0)
+        tensor.index_fill_(slot.dim, slot.entries(channels).to(tensor.device), 0)
 
 
 def ranked(scores: Tensor, gone: Sequence[int]) -> Tensor:

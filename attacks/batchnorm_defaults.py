@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.sites import Role, role_rows
+from deepenc.network.sites import Role
 from deepenc.network.structure import named_tensors
 
 DEFAULTS = {Role.SCALE: 1.0, Role.SHIFT: 0.0, Role.MEAN: 0.0, Role.VARIANCE: 1.0, Role.BIAS: 0.0}
@@ -37,7 +37,7 @@ class BatchNormDefaults(Attack):
             votes = [
                 nearness(rows.detach().double().cpu(), default, self.tolerance)
                 for role, default in DEFAULTS.items()
-                for _, rows in role_rows(tensors, site, role)
+                for _, rows in site.rows(tensors, role)
             ]
             scores[site.name] = torch.stack(votes).mean(dim=0) if votes else torch.zeros(site.width).double()
         return Claim(scores=scores)

@@ -58,9 +58,7 @@ def along(site: Site, far: dict[str, Tensor]) -> Tensor | None:
     """The sum over a site's BatchNorm layers, ``(width,)``; None where it passes none."""
     sums = []
     for slot in site.slots:
-        path = slot.tensor.rpartition(".")[0]
-        if slot.role is Role.MEAN and path in far:
-            entries = far[path].narrow(0, slot.start, site.width * slot.block)
-            sums.append(entries.reshape(site.width, -1).sum(1))
+        if slot.role is Role.MEAN and slot.module in far:
+            sums.append(slot.rows(far[slot.module], site.width).sum(1))
     # The logarithm is of the same order, and stays finite where activations overflow.
     return torch.stack(sums).sum(0).log1p().nan_to_num(nan=0.0, posinf=1e3).cpu() if sums else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.network.sites import Role, Site, Slot, slot_rows
+from deepenc.network.sites import Role, Site, Slot
 
 ROLES = (Role.INCOMING, Role.OUTGOING)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,7 +77,7 @@ def share(site: Site, marks: Callable[[Slot], Tensor]) -> Tensor:
     """
     shares = []
     for role in ROLES:
-        rows = [slot_rows(marks(slot), slot, site.width) for slot in site.slots if slot.role is role]
+        rows = [slot.rows(marks(slot), site.width) for slot in site.slots if slot.role is role]
         shares.append(torch.cat(rows, dim=1).double().mean(dim=1))
     return torch.stack(shares).mean(dim=0)
 
@@ -95,10 +95,6 @@ def spread(
     for site in sites:
         for slot in site.slots:
             if slot.role in ROLES:
-                tensor, place = state[slot.tensor], (slot.tensor, slot.dim)
-                if place not in laid:
-                    sizes = [size if dim == slot.dim else 1 for dim, size in enumerate(tensor.shape)]
-                    laid[place] = scores[site.name].new_zeros(sizes)
-                along = laid[place].narrow(slot.dim, slot.start, site.width * slot.block)
-                along.copy_(scores[site.name].repeat_interleave(slot.block).view_as(along))
+                place, along = (slot.tensor, slot.dim), slot.over(scores[site.name], state[slot.tensor], 0.0)
+                laid[place] = laid[place] + along if place in laid else along
     return laid

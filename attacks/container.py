@@ -15,7 +15,7 @@ from deepenc.arena.case import Attack, Case, Claim
 from deepenc.encryption.defense import Defense, Gap, Neurons
 from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
 from deepenc.errors import DeepencError
-from deepenc.network.sites import Role, Site, Slot, slot_rows
+from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, Positions, narrow, narrow_sites
 
@@ -59,7 +59,7 @@ class Container(Attack):
         """Per channel, ``(width,)``: each of what may give it away."""
         for roles in KINDS:
             slots = [slot for slot in site.slots if slot.role in roles]
-            rows = [slot_rows(tensors[slot.tensor].detach(), slot, site.width).cpu() for slot in slots]
+            rows = [slot.rows(tensors[slot.tensor].detach(), site.width).cpu() for slot in slots]
             if rows:
                 yield mean([trailing_zeros(r) for r in rows])
                 yield mean([r == 0 for r in rows])
@@ -130,7 +130,7 @@ def mean(rows: list[Tensor]) -> Tensor:
 def leftovers(tensor: Tensor, slot: Slot, width: int) -> Iterator[Tensor]:
     """What hangs on a tensor, per channel: gradients, and values that its storage has a second time."""
     if tensor.grad is not None:
-        yield slot_rows(tensor.grad.abs(), slot, width).double().mean(dim=1).cpu()
+        yield slot.rows(tensor.grad.abs(), width).double().mean(dim=1).cpu()
     if len(unseen := hidden(tensor)):
         again = torch.isin(tensor.detach().cpu(), unseen)
-        yield slot_rows(again, slot, width).double().mean(dim=1)
+        yield slot.rows(again, width).double().mean(dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.network.sites import Role, Site, role_rows
+from deepenc.network.sites import Role, Site
 
 
 class Prune(Attack):
@@ -33,7 +33,7 @@ def use(state: dict[str, Tensor], site: Site) -> Tensor:
     Several normalisations, or layers, count alike, whatever the size of their weights.
     """
     for role in (Role.SCALE, Role.OUTGOING):
-        norms = [torch.linalg.vector_norm(rows.double(), dim=1) for _, rows in role_rows(state, site, role)]
+        norms = [torch.linalg.vector_norm(rows.double(), dim=1) for _, rows in site.rows(state, role)]
         if norms:
             return torch.stack([n / n.mean().clamp_min(torch.finfo(n.dtype).tiny) for n in norms]).mean(0)
     return torch.zeros(site.width, dtype=torch.float64)

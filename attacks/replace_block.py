@@ -82,8 +82,8 @@ def renew(network: nn.Module, sites: Sequence[Site], seed: int) -> None:
         fresh = {slot.tensor: anew(network, slot) for site in sites for slot in site.slots}
         for site in sites:
             for slot in site.slots:
-                place = (slot.dim, slot.start, site.width * slot.block)
-                tensors[slot.tensor].narrow(*place).copy_(fresh[slot.tensor].narrow(*place))
+                own, new = (slot.part(held[slot.tensor], site.width) for held in (tensors, fresh))
+                own.copy_(new)
 
 
 def anew(network: nn.Module, slot: Slot) -> Tensor:

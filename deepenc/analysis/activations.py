@@ -50,7 +50,7 @@ def observe(
 
 def _places(modules: Mapping[str, nn.Module], site: Site) -> Iterator[tuple[Slot, nn.Module, int]]:
     """Where a site's values are seen: a slot, its module, and the dimension of the channels there."""
-    owned = [(slot, modules.get(slot.tensor.rpartition(".")[0])) for slot in site.slots]
+    owned = [(slot, modules.get(slot.module)) for slot in site.slots]
     for slot, module in owned:
         grouped = isinstance(module, _ConvNd) and module.groups > 1
         if slot.role is Role.OUTGOING and isinstance(module, _ConvNd | nn.Linear) and not grouped:

@@ -265,10 +265,10 @@ class _Pass:
         """What the site's own BatchNorm layers say of its channels, ``(width,)``."""
         costs = [torch.zeros(site.width, dtype=torch.float64, device=device)]
         for slot in site.slots:
-            layer = self.modules.get(slot.tensor.rpartition(".")[0])
+            layer = self.modules.get(slot.module)
             if slot.role is Role.MEAN and layer in self.seen:
-                cost = self.seen[layer].narrow(0, slot.start, site.width * slot.block)
-                costs.append(cost.reshape(site.width, -1).mean(1))
+                cost = slot.rows(self.seen[layer], site.width)
+                costs.append(cost.mean(1))
         return torch.stack(costs[1:] or costs).mean(0)
 
 

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from deepenc.network.sites import Role, Site, Slot, slot_rows
+from deepenc.network.sites import Role, Site, Slot, broadcast
 from deepenc.network.surgery import narrow_sites
 
 State = Mapping[str, Tensor]
@@ -163,20 +163,19 @@ class Aligned:
         for dim in crossed:
             one = one * rescaling(rows, other_rows, dim)
         width, height = site.width, self.twins[site.name].width
-        return slot_rows(one, slot, width), slot_rows(two, other, height).to(one)
+        return slot.rows(one, width), other.rows(two, height).to(one)
 
     def entries(self, tensor: str, dim: int, size: int, other_size: int) -> Pairs | None:
         """Which entries along a dimension correspond, as far as is known; None where nothing is."""
         free, other_free = np.ones(size, dtype=bool), np.ones(other_size, dtype=bool)
         own, others = [], []
         for site, slot, twin in self._along.get((tensor, dim), ()):
-            free[slot.start : slot.start + site.width * slot.block] = False
-            other_free[twin.start : twin.start + self.twins[site.name].width * twin.block] = False
+            free[slot.span(site.width)] = False
+            other_free[twin.span(self.twins[site.name].width)] = False
             if site.name in self.matches:
-                pairs = self.matches[site.name].pairs()
-                inner = torch.arange(slot.block)
-                own.append((slot.start + pairs[0][:, None] * slot.block + inner).flatten())
-                others.append((twin.start + pairs[1][:, None] * slot.block + inner).flatten())
+                one, two = self.matches[site.name].pairs()
+                own.append(slot.entries(one))
+                others.append(twin.entries(two))
         if free.sum() == other_free.sum():
             own.append(torch.from_numpy(np.flatnonzero(free)))
             others.append(torch.from_numpy(np.flatnonzero(other_free)))
@@ -220,7 +219,7 @@ def rescaling(rows: Tensor, others: Tensor, dim: int) -> Tensor:
     """
     one, two = (t.movedim(dim, 0).flatten(1).abs().median(dim=1).values for t in (rows, others.to(rows)))
     factors = torch.where((one > 0) & (two > 0), two / one.clamp_min(torch.finfo(one.dtype).tiny), 1.0)
-    return factors.view([-1 if d == dim else 1 for d in range(rows.dim())])
+    return broadcast(factors, dim, rows.dim())
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[s
 
 def outgoing(modules: Mapping[str, nn.Module], site: Site) -> list[tuple[str, Slot]]:
     """The layers that read a site's channels one for one, with the slot in their weights."""
-    places = [(slot.tensor.rpartition(".")[0], slot) for slot in site.slots if slot.role is Role.OUTGOING]
+    places = [(slot.module, slot) for slot in site.slots if slot.role is Role.OUTGOING]
     return [] if site.contracted else [(p, s) for p, s in places if _plain(modules.get(p)) and s.dim == 1]
 
 
@@ -120,17 +120,14 @@ def silenced(values: Tensor, consumer: nn.Module, slot: Slot, channels: Sequence
     if not channels:
         return values
     dim = 1 if isinstance(consumer, _ConvNd) else -1
-    index = torch.tensor(channels, device=values.device)[:, None] * slot.block
-    entries = (index + torch.arange(slot.block, device=values.device)).flatten() + slot.start
-    return values.index_fill(dim, entries, 0.0)
+    return values.index_fill(dim, slot.entries(channels).to(values.device), 0.0)
 
 
 def groups_of(consumer: Consumer, slot: Slot, width: int) -> Tensor:
     """For each input of a consumer the channel of the site, ``width`` where it is none of them."""
     weight = consumer.weight
     groups = torch.full((weight.shape[1],), width, device=weight.device)
-    channels = torch.arange(width, device=weight.device).repeat_interleave(slot.block)
-    groups[slot.start : slot.start + len(channels)] = channels
+    groups[slot.span(width)] = torch.arange(width, device=weight.device).repeat_interleave(slot.block)
     return groups
 
 

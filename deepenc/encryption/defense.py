@@ -71,6 +71,23 @@ class Neurons:
     count: int
     gaps: tuple[Gap, ...]
 
+    @classmethod
+    def of(cls, site: Site, layout: Layout, victim: Mapping[str, Tensor]) -> Self:
+        """The confusion channels that a layout gives a site.
+
+        Args:
+            site: The victim's site.
+            layout: Where the victim's entries go.
+            victim: Its tensors by name; the gaps are those of the slots in them.
+        """
+        count, gaps = len(layout.positions[site.name]), []
+        for slot in site.slots:
+            if (tensor := victim.get(slot.tensor)) is not None:
+                shape = list(layout.widened_shape(slot.tensor, tensor.shape))
+                shape[slot.dim] = count * slot.block
+                gaps.append(Gap(slot, tensor, tuple(shape), layout.kept(slot.tensor, tensor.shape)))
+        return cls(site, count, tuple(gaps))
+
 
 class Placement(Plugin):
     """Chooses how many confusion channels each site gets."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Weights, check_values
+from deepenc.encryption.defense import Defense, Hardening, Neurons, Original, Weights, check_values
 from deepenc.encryption.filling.entries import forged_mask
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, verify
@@ -208,16 +208,10 @@ def fill(
     rng: np.random.Generator,
 ) -> None:
     """Fill one site's confusion channels, in place in the widened tensors."""
-    positions = layout.positions[site.name]
-    gaps = []
-    for slot in site.slots:
-        shape = list(tensors[slot.tensor].shape)
-        shape[slot.dim] = len(positions) * slot.block
-        own = victim[slot.tensor]
-        gaps.append(Gap(slot, own, tuple(shape), layout.kept(slot.tensor, own.shape)))
-    values = weights.fill(Neurons(site, len(positions), tuple(gaps)), rng)
-    check_values(values, gaps, f"weights {weights.name!r}, site {site.name!r}")
-    for gap, value in zip(gaps, values, strict=True):
+    neurons = Neurons.of(site, layout, victim)
+    values = weights.fill(neurons, rng)
+    check_values(values, neurons.gaps, f"weights {weights.name!r}, site {site.name!r}")
+    for gap, value in zip(neurons.gaps, values, strict=True):
         target = tensors[gap.slot.tensor]
         entries = layout.forged(site, gap.slot)
         target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))

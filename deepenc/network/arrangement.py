@@ -98,8 +98,7 @@ class Arrangement:
             order = torch.tensor(self.order[site.name])
             order = order.argsort() if back else order
             along = index.setdefault(slot.dim, torch.arange(tensor.shape[slot.dim]))
-            entries = order[:, None] * slot.block + torch.arange(slot.block)
-            along[slot.start : slot.start + site.width * slot.block] = slot.start + entries.flatten()
+            along[slot.span(site.width)] = slot.entries(order)
         return index
 
     def _scaled(self, tensor: Tensor, slots: Sequence[tuple[Site, Slot]], sign: int) -> Tensor:
@@ -107,11 +106,8 @@ class Arrangement:
             powers = self.powers.get(site.name)
             direction = sign * _direction(site, slot)
             if powers is not None and direction:
-                factors = torch.ones(tensor.shape[slot.dim], dtype=torch.float64)
-                exponents = torch.tensor(powers, dtype=torch.float64).repeat_interleave(slot.block)
-                factors[slot.start : slot.start + len(exponents)] = torch.exp2(direction * exponents)
-                shape = [-1 if dim == slot.dim else 1 for dim in range(tensor.ndim)]
-                tensor = tensor * factors.to(tensor).view(shape)
+                factors = torch.exp2(direction * torch.tensor(powers, dtype=torch.float64))
+                tensor = tensor * slot.over(factors, tensor, 1.0).to(tensor)
         return tensor
 
 

@@ -43,17 +43,8 @@ def gated_tensors(
         if site.name in gates:
             for slot in gated_slots(site):
                 tensor = changed.get(slot.tensor, tensors[slot.tensor])
-                changed[slot.tensor] = tensor * _along(gates[site.name], slot, tensor)
+                changed[slot.tensor] = tensor * slot.over(gates[site.name].to(tensor.dtype), tensor, 1.0)
     return changed
-
-
-def _along(gate: Tensor, slot: Slot, tensor: Tensor) -> Tensor:
-    """A gate laid along the dimension of a slot, 1 where the tensor's entries are no channel of the site."""
-    factors = gate.to(tensor.dtype).repeat_interleave(slot.block)
-    before = factors.new_ones(slot.start)
-    after = factors.new_ones(tensor.shape[slot.dim] - slot.start - len(factors))
-    shape = [-1 if dim == slot.dim else 1 for dim in range(tensor.ndim)]
-    return torch.cat([before, factors, after]).view(shape)
 
 
 class Gated(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deepenc.errors import SiteError
 
@@ -46,6 +48,57 @@ class Slot:
     block: int = 1
     persistent: bool = True
 
+    @property
+    def module(self) -> str:
+        """Path of the module that the tensor belongs to."""
+        return self.tensor.rpartition(".")[0]
+
+    def span(self, width: int) -> slice:
+        """The entries of all channels of a site of that width, along the dimension."""
+        return slice(self.start, self.start + width * self.block)
+
+    def entries(self, channels: Sequence[int] | Tensor) -> Tensor:
+        """The entries of some channels along the dimension, ``(channels * block,)``, in their order."""
+        first = torch.as_tensor(channels, dtype=torch.int64) * self.block + self.start
+        return first if self.block == 1 else (first[:, None] + torch.arange(self.block).to(first)).flatten()
+
+    def part(self, tensor: Tensor, width: int) -> Tensor:
+        """What all channels have in a tensor, as a view of it; ``width * block`` entries along the dimension.
+
+        Args:
+            tensor: The tensor that the slot is in; any tensor of its shape will do.
+            width: Channels of the slot's site.
+
+        Raises:
+            SiteError: The slot reaches outside the tensor.
+        """
+        span = self.span(width)
+        if self.dim >= tensor.ndim or span.stop > tensor.shape[self.dim]:
+            raise SiteError(
+                f"slot [{span.start}, {span.stop}) of dimension {self.dim} does not fit tensor "
+                f"{self.tensor!r} of shape {tuple(tensor.shape)}; is the site list of another network?"
+            )
+        return tensor.narrow(self.dim, self.start, width * self.block)
+
+    def rows(self, tensor: Tensor, width: int) -> Tensor:
+        """As `part`, one row a channel: ``(width, features)``; a view where possible."""
+        return self.part(tensor, width).movedim(self.dim, 0).reshape(width, -1)
+
+    def along(self, values: Tensor, ndim: int) -> Tensor:
+        """One value a channel, repeated over its entries; broadcasts along the dimension of ``ndim``."""
+        return broadcast(values.repeat_interleave(self.block), self.dim, ndim)
+
+    def over(self, values: Tensor, tensor: Tensor, rest: float) -> Tensor:
+        """As `along`, for all entries of the dimension: ``rest`` where they are no channel of the site."""
+        each = values.repeat_interleave(self.block)
+        after = tensor.shape[self.dim] - self.start - len(each)
+        return broadcast(pad(each, (self.start, after), value=rest), self.dim, tensor.ndim)
+
+
+def broadcast(values: Tensor, dim: int, ndim: int) -> Tensor:
+    """Values, ``(size,)``, in a shape that broadcasts along one of ``ndim`` dimensions."""
+    return values.view([-1 if d == dim else 1 for d in range(ndim)])
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -55,7 +108,7 @@ class Setting:
         module: Path of the module.
         name: The attribute.
         victim: Its value in the victim.
-        step: What each confusion channel adds to it. A flag (a bool) has no step: it is turned over in a
+        step: What each confusion channel adds to it. A flag (a bool) has no step: it is negated in a
             network that has confusion channels.
     """
 
@@ -92,32 +145,8 @@ class Site:
     contracted: bool = False
     settings: tuple[Setting, ...] = ()
 
-
-def slot_rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
-    """The entries of one slot, one row a channel.
-
-    Args:
-        tensor: The tensor that the slot is in; any tensor of its shape will do.
-        slot: Where the channels lie.
-        width: Channels of the slot's site.
-
-    Returns:
-        ``(width, features)``; a view where possible.
-
-    Raises:
-        SiteError: The slot reaches outside the tensor.
-    """
-    length = width * slot.block
-    if slot.dim >= tensor.ndim or slot.start + length > tensor.shape[slot.dim]:
-        raise SiteError(
-            f"slot [{slot.start}, {slot.start + length}) of dimension {slot.dim} does not fit tensor "
-            f"{slot.tensor!r} of shape {tuple(tensor.shape)}; is the site list of another network?"
-        )
-    return tensor.narrow(slot.dim, slot.start, length).movedim(slot.dim, 0).reshape(width, -1)
-
-
-def role_rows(state: Mapping[str, Tensor], site: Site, role: Role) -> Iterator[tuple[Slot, Tensor]]:
-    """Each slot of a role with its rows, ``(width, features)``, in the order of the site's slots."""
-    for slot in site.slots:
-        if slot.role is role:
-            yield slot, slot_rows(state[slot.tensor], slot, site.width)
+    def rows(self, tensors: Mapping[str, Tensor], role: Role) -> Iterator[tuple[Slot, Tensor]]:
+        """Each slot of a role with its rows, ``(width, features)``, in the order of the slots."""
+        for slot in self.slots:
+            if slot.role is role:
+                yield slot, slot.rows(tensors[slot.tensor], self.width)

@@ -24,16 +24,6 @@ Positions = Mapping[str, tuple[int, ...]]
 """Site name -> sorted positions of its confusion channels among all its channels, real ones included."""
 
 
-def forged_entries(slot: Slot, positions: Sequence[int]) -> Tensor:
-    """Entries of the confusion channels, from the slot's widened start on; ``(count * block,)``."""
-    return torch.from_numpy(_blocks(slot.block, positions))
-
-
-def _blocks(block: int, positions: Sequence[int]) -> NDArray[np.int64]:
-    channels = np.asarray(positions, dtype=np.int64)
-    return channels if block == 1 else (channels[:, None] * block + np.arange(block)).ravel()
-
-
 def check_positions(site: Site, positions: Sequence[int]) -> None:
     """Refuse positions that are not distinct, ascending, and inside the widened site.
 
@@ -100,8 +90,8 @@ class Layout:
             if slot.start < cursor:
                 raise SiteError(f"site {site.name!r}: {slot} overlaps the slot before it")
             self._starts[slot.tensor, slot.dim, slot.start] = slot.start + shift
-            forged = _blocks(slot.block, self.positions[site.name])
-            pieces.append(forged + (slot.start + shift))
+            forged = self.widened_slot(slot).entries(self.positions[site.name]).numpy()
+            pieces.append(forged)
             cursor = slot.start + site.width * slot.block
             shift += len(forged)
         return _Insertion(cursor, np.concatenate(pieces))
@@ -155,7 +145,7 @@ class Layout:
 
     def forged(self, site: Site, slot: Slot) -> Tensor:
         """Entries of a site's confusion channels along a slot of the widened tensor; ``(count * block,)``."""
-        return forged_entries(slot, self.positions[site.name]) + self.widened_slot(slot).start
+        return self.widened_slot(slot).entries(self.positions[site.name])
 
     def widened_sites(self) -> tuple[Site, ...]:
         """The sites as a tracer of the encrypted network would see them: confusion channels included."""

@@ -65,7 +65,7 @@ def _move(now: Tensor, before: Tensor, slot: Slot, forged: list[int], donors: li
     """Move some channels in one slot, in place, each by the step of its donor."""
 
     def rows(tensor: Tensor, channels: list[int]) -> Tensor:
-        return tensor.detach().index_select(slot.dim, _entries(slot, channels).to(tensor.device))
+        return tensor.detach().index_select(slot.dim, slot.entries(channels).to(tensor.device))
 
     own, (old, new) = rows(before, forged), (rows(before, donors), rows(now, donors))
     if now.ndim > 1:
@@ -77,12 +77,7 @@ def _move(now: Tensor, before: Tensor, slot: Slot, forged: list[int], donors: li
         moved = own * factor.clamp(1 / MOST, MOST)
     else:
         moved = own.double() + (new.double() - old.double())
-    now.index_copy_(slot.dim, _entries(slot, forged).to(now.device), moved.to(now.dtype))
-
-
-def _entries(slot: Slot, channels: list[int]) -> Tensor:
-    blocks = torch.tensor(channels)[:, None] * slot.block + torch.arange(slot.block)
-    return slot.start + blocks.flatten()
+    now.index_copy_(slot.dim, slot.entries(forged).to(now.device), moved.to(now.dtype))
 
 
 def _turned(own: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from deepenc.analysis.features import features
 from deepenc.encryption.filling.entries import Confusion, forged_mask, limits
 from deepenc.encryption.filling.stealth import Disguise, _statistics, _table, penalty
 from deepenc.network.gates import Gated
-from deepenc.network.sites import Role, Site, slot_rows
+from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout, fit, widen, widened
 
@@ -131,7 +131,7 @@ def test_the_cap_shrinks_what_is_too_large_and_nothing_else(
         for slot, moved in zip(victim.slots, site.slots, strict=True):
             if slot.tensor in after:
                 least, largest = by_victim[site.name, slot]
-                rows = slot_rows(after[slot.tensor].detach(), moved, site.width)[forged].double()
+                rows = moved.rows(after[slot.tensor].detach(), site.width)[forged].double()
                 sizes = rows if after[slot.tensor].ndim == 1 else rows.norm(dim=1)
                 assert sizes.min() >= least - 1e-6 and sizes.max() <= largest * (1 + 1e-5)
     # What only the second site owns was within its own network's limits.

@@ -18,7 +18,6 @@ from deepenc.encryption.filling.entries import Confusion, limits
 from deepenc.encryption.filling.stealth import penalty
 from deepenc.encryption.keys.key import Key
 from deepenc.errors import ConfigError
-from deepenc.network.sites import slot_rows
 from deepenc.network.structure import named_tensors
 from defenses.hardening.optimise import Optimise
 
@@ -88,7 +87,7 @@ def test_confusion_channels_stay_within_the_norms_of_the_real_ones(encrypted: Ma
     for site, wide in zip(layout.sites, layout.widened_sites(), strict=True):
         forged, at_the_cap = list(layout.positions[site.name]), 0
         for slot, moved in zip(site.slots, wide.slots, strict=True):
-            rows = slot_rows(tensors[slot.tensor], moved, wide.width)[forged]
+            rows = moved.rows(tensors[slot.tensor], wide.width)[forged]
             least, largest = allowed[site.name, slot]
             if tensors[slot.tensor].ndim > 1:
                 assert (rows.norm(dim=1) <= largest * (1 + 1e-5)).all()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepenc.errors import SiteError
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import replace_tensors
-from deepenc.network.surgery import Layout, forged_entries, insert, narrow, narrow_sites, remove, widen
+from deepenc.network.surgery import Layout, insert, narrow, narrow_sites, remove, widen
 
 IN, OUT = Role.INCOMING, Role.OUTGOING
 
@@ -87,8 +87,7 @@ def test_forged_entries_are_the_ones_that_widen_leaves_empty(case: tuple[Layout,
         for site in layout.sites:
             for slot in site.slots:
                 if slot.tensor == name:
-                    entries = forged_entries(slot, layout.positions[site.name])
-                    filled.index_fill_(slot.dim, entries + layout.widened_slot(slot).start, False)
+                    filled.index_fill_(slot.dim, layout.forged(site, slot), False)
         assert torch.equal(filled, expected)
 
 
@@ -110,7 +109,7 @@ def test_blocks_and_starts_by_hand() -> None:
     assert kept[0].tolist() == [0, 1, 2, 5, 6, 9]
     wide = widen(torch.tensor([9, 1, 1, 2, 2, 9]), kept, layout.widened_shape("t", (6,)))
     assert wide.tolist() == [9, 1, 1, 0, 0, 2, 2, 0, 0, 9]
-    assert forged_entries(slot, (1, 3)).tolist() == [2, 3, 6, 7]
+    assert layout.forged(layout.sites[0], slot).tolist() == [3, 4, 7, 8]
 
 
 @pytest.mark.parametrize("positions", [(2, 1), (1, 1), (-1, 0), (3, 4), (5,)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepenc.analysis.features.ranks import Distances, distances
 from deepenc.errors import SiteError
-from deepenc.network.sites import Role, Site, Slot, slot_rows
+from deepenc.network.sites import Role, Site, Slot
 
 ENTRIES = 2**23
 """Entries of a slot that are looked at; of a larger one as many partners, evenly spaced (not for norms)."""
@@ -37,7 +37,6 @@ class Part:
     """
 
     def __init__(self, tensor: Tensor, slot: Slot, width: int) -> None:
-        slot_rows(tensor.detach().to("meta"), slot, width)  # raises where the slot does not fit
         self._tensor, self._slot, self.width = tensor.detach(), slot, width
         self.shaped = self.square > 0
 
@@ -49,7 +48,7 @@ class Part:
         """
         tensor, slot = self._tensor, self._slot
         if slot.dim > 1 or tensor.ndim < 2:  # not a layer's weights as we know them: all others are partners
-            rows = slot_rows(tensor, slot, self.width)
+            rows = slot.rows(tensor, self.width)
             tensor, slot = rows.reshape(self.width * slot.block, -1), Slot("", 0, slot.role, 0, slot.block)
         other = 1 - slot.dim
         partners = tensor.shape[other]
@@ -58,7 +57,7 @@ class Part:
             kept = max(1, ENTRIES // each)
             chosen = torch.arange(kept, device=tensor.device) * partners // kept
             tensor, partners = tensor.index_select(other, chosen), kept
-        rows = slot_rows(tensor, slot, self.width).to("cpu", torch.float32)
+        rows = slot.rows(tensor, self.width).to("cpu", torch.float32)
         values = rows.reshape(self.width, slot.block, partners, *tensor.shape[2:]).movedim(1, 2).contiguous()
         scale = _norm(values) / max(1, values.numel()) ** 0.5
         if not torch.isfinite(scale):  # a broken network; what is left of it
@@ -86,7 +85,7 @@ class Part:
     def square(self) -> Tensor:
         """Sum of squares of each row of the tensor as it is, ``(width,)`` float64."""
         slot = self._slot
-        entries = self._tensor.narrow(slot.dim, slot.start, self.width * slot.block).movedim(slot.dim, 0)
+        entries = slot.part(self._tensor, self.width).movedim(slot.dim, 0)
         others = tuple(range(1, entries.ndim))
         few = max(1, CHUNK // max(1, entries[0].numel()))  # at once: in double precision they are a copy
         norms = [_norm(some, others) if others else some.double().abs() for some in torch.split(entries, few)]
@@ -205,5 +204,5 @@ class Channels:
     def role(self, role: Role) -> Tensor | None:
         """The entries of the site's vectors of one role, averaged over the slots; ``(width,)`` or None."""
         width = self._site.width
-        rows = [slot_rows(tensor, slot, width).detach().double().cpu() for slot, tensor in self._slots(role)]
+        rows = [slot.rows(tensor, width).detach().double().cpu() for slot, tensor in self._slots(role)]
         return torch.stack([row.mean(dim=1) for row in rows]).mean(dim=0).nan_to_num() if rows else None

@@ -17,7 +17,7 @@ from deepenc.arena.checks.pry import pry
 from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection, most_suspect
 from deepenc.arena.threat import Threat
-from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Placement, Weights
+from deepenc.encryption.defense import Defense, Hardening, Neurons, Original, Placement, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.tensors import tensors_of
 from deepenc.network.surgery import Layout
@@ -114,16 +114,7 @@ def _neurons() -> list[Neurons]:
     original = _original()
     state = tensors_of(original.model, original.sites)
     layout = Layout(original.sites, {site.name: (0, 3) for site in original.sites})
-    result = []
-    for site in original.sites:
-        gaps = []
-        for slot in site.slots:
-            shape = list(layout.widened_shape(slot.tensor, state[slot.tensor].shape))
-            shape[slot.dim] = 2 * slot.block
-            own = state[slot.tensor]
-            gaps.append(Gap(slot, own, tuple(shape), layout.kept(slot.tensor, own.shape)))
-        result.append(Neurons(site, 2, tuple(gaps)))
-    return result
+    return [Neurons.of(site, layout, state) for site in original.sites]
 
 
 def _secret(index: int) -> bytes:

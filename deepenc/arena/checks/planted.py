@@ -21,7 +21,7 @@ from deepenc.arena.build import Subject
 from deepenc.arena.case import Weakness
 from deepenc.arena.checks.tiny import CLASSES, SEED, TinyNet, norms, settled, tiny_victim
 from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Placement, Weights
-from deepenc.network.sites import Role, slot_rows
+from deepenc.network.sites import Role
 from deepenc.victims.victim import Images
 
 RANK = 4
@@ -89,7 +89,7 @@ class PlantedWeights(Weights):
 
 def real_entries(gap: Gap, width: int, sources: np.ndarray, rng: np.random.Generator) -> Tensor:
     """The entries of real channels, shaped for a gap; where another site widened the tensor, drawn again."""
-    rows = slot_rows(gap.victim, gap.slot, width)[torch.from_numpy(sources)]
+    rows = gap.slot.rows(gap.victim, width)[torch.from_numpy(sources)]
     shape = list(gap.shape)
     count = len(sources)
     features = int(np.prod(shape)) // count

@@ -258,9 +258,7 @@ def _score_rows(case: Case, found: Findings, name: str, values: Tensor) -> None:
     for site in case.sites:
         for slot in site.slots:
             if slot.tensor == name:
-                rows = values.detach().cpu().double().movedim(slot.dim, 0)
-                rows = rows[slot.start : slot.start + site.width * slot.block]
-                found.scores[site.name] += rows.reshape(site.width, -1).mean(dim=1)
+                found.scores[site.name] += slot.rows(values.detach().cpu().double(), site.width).mean(dim=1)
 
 
 def _try_seeds(case: Case, found: Findings) -> None:

@@ -69,9 +69,8 @@ def _entries(network: nn.Module, layout: Layout) -> dict[str, Mapping[Role, Tens
     found: dict[str, dict[Role, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for site in layout.sites:
         for slot in site.slots if layout.positions[site.name] else ():
-            path = slot.tensor.rpartition(".")[0]
-            if slot.role in (Role.MEAN, Role.VARIANCE) and path in paths:
-                found[path][slot.role].append(layout.forged(site, slot))
+            if slot.role in (Role.MEAN, Role.VARIANCE) and slot.module in paths:
+                found[slot.module][slot.role].append(layout.forged(site, slot))
     return {path: {role: torch.cat(parts) for role, parts in roles.items()} for path, roles in found.items()}
 
 

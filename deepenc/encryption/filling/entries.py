@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deepenc.network.gates import gated_tensors
-from deepenc.network.sites import Role, Site, Slot, slot_rows
+from deepenc.network.sites import Role, Site, Slot, broadcast
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
 
@@ -37,7 +37,7 @@ def forged_mask(layout: Layout, name: str, shape: Sequence[int]) -> Tensor:
     for dim, index in layout.kept(name, layout.narrowed_shape(name, shape)).items():
         along = torch.zeros(shape[dim], dtype=torch.bool)
         along[index] = True
-        real &= along.view([-1 if d == dim else 1 for d in range(len(shape))])
+        real &= broadcast(along, dim, len(shape))
     return ~real
 
 
@@ -125,8 +125,8 @@ def _capped(part: Tensor, slot: Slot, least: Tensor, largest: Tensor) -> Tensor:
     rows = part.movedim(slot.dim, 0)
     norm = rows.reshape(len(rows) // slot.block, -1).norm(dim=1)
     wanted = norm.clamp(least, largest)
-    factor = torch.where(wanted == norm, 1, wanted / norm.clamp_min(TINY)).repeat_interleave(slot.block)
-    return part * factor.view([-1 if dim == slot.dim else 1 for dim in range(part.ndim)])
+    factor = torch.where(wanted == norm, 1, wanted / norm.clamp_min(TINY))
+    return part * slot.along(factor, part.ndim)
 
 
 def limits(tensors: Mapping[str, Tensor], sites: Sequence[Site], quantile: float) -> Limits:
@@ -144,7 +144,7 @@ def limits(tensors: Mapping[str, Tensor], sites: Sequence[Site], quantile: float
     result = {}
     for site in sites:
         for slot in site.slots:
-            rows = slot_rows(tensors[slot.tensor].detach(), slot, site.width).double()
+            rows = slot.rows(tensors[slot.tensor].detach(), site.width).double()
             if tensors[slot.tensor].ndim == 1:
                 least, largest = rows.flatten().quantile(rows.new_tensor([1 - quantile, quantile]))
             else:

@@ -51,8 +51,7 @@ def sample(
     values = []
     for gap in neurons.gaps:
         if models is not None and gap.slot.role in _NORM and _is_vector(gap):
-            entries = gap.slot.start + models[:, None] * gap.slot.block + np.arange(gap.slot.block)
-            index = torch.from_numpy(entries.ravel()).to(gap.victim.device)
+            index = gap.slot.entries(torch.from_numpy(models)).to(gap.victim.device)
             values.append(gap.victim.index_select(gap.slot.dim, index))
         else:
             pool = gap.victim.reshape(-1)
@@ -221,7 +220,7 @@ def real_rows(gap: Gap, width: int, rng: np.random.Generator) -> Tensor:
         ``(width, partners, block * kernel)``; of a vector one partner, and a unit of ``block``.
     """
     slot = gap.slot
-    rows = gap.victim.detach().narrow(slot.dim, slot.start, width * slot.block)
+    rows = slot.part(gap.victim.detach(), width)
     # A gap that does not say where the victim's entries are leaves it to chance which partner is which.
     kept: Mapping[int, Tensor] = gap.kept or {}
     for dim, wanted in enumerate(gap.shape):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from deepenc.encryption.filling.entries import Limits
-from deepenc.network.sites import Role, Site, Slot, slot_rows
+from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout
 
 TINY = 1e-12
@@ -153,7 +153,7 @@ def _statistics(tensors: Mapping[str, Tensor], site: Site, real: Sequence[int]) 
         tensor = tensors.get(slot.tensor)
         if tensor is None or not tensor.is_floating_point():
             continue
-        rows = slot_rows(tensor, slot, site.width)
+        rows = slot.rows(tensor, site.width)
         if slot.role in (Role.MEAN, Role.VARIANCE):
             entries = rows.clamp_min(TINY).log() if slot.role is Role.VARIANCE else rows
             yield Statistic(slot, "shape", entries.mean(1))

@@ -160,8 +160,7 @@ class Candidates:
         kept: dict[int, Tensor] = {}
         for (site, slot), count in zip(self._slots[name], counts, strict=True):
             stays = kept.setdefault(slot.dim, torch.ones(wide.shape[slot.dim], dtype=torch.bool))
-            first = slot.start + (site.width + count) * slot.block
-            stays[first : first + (self.most[site.name] - count) * slot.block] = False
+            stays[slot.entries(range(site.width + count, site.width + self.most[site.name]))] = False
         return narrow(wide, {dim: stays.nonzero()[:, 0] for dim, stays in kept.items()})
 
     def response(self, allocation: Mapping[str, int]) -> Response:

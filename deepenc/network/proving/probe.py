@@ -130,7 +130,7 @@ def as_widened(model: nn.Module, sites: Sequence[Site]) -> None:
 def _switches(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Setting], list[nn.MultiheadAttention]]:
     """What of a network computes in another way with more channels: flags of modules, and attentions."""
     flags = [setting for site in sites for setting in site.settings if isinstance(setting.victim, bool)]
-    homes = {slot.tensor.rpartition(".")[0] for site in sites if site.contracted for slot in site.slots}
+    homes = {slot.module for site in sites if site.contracted for slot in site.slots}
     modules = [model.get_submodule(home) for home in homes]
     return flags, [module for module in modules if isinstance(module, nn.MultiheadAttention)]
 

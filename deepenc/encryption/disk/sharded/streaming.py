@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepenc.encryption.defense import Gap, Neurons, Weights, check_values
+from deepenc.encryption.defense import Neurons, Weights, check_values
 from deepenc.encryption.disk.sharded.shards import Entry, Reader, steps
 from deepenc.encryption.keys.secret import derive_rng
 from deepenc.network.sites import Site, Slot
@@ -81,18 +81,14 @@ class Inserter:
 
     def _fill(self, site: Site, slots: tuple[Slot, ...], victim: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """Values for one site's slots in one tensor: dimension, widened entries along it, values."""
-        name, count = slots[0].tensor, len(self._layout.positions[site.name])
-        widened = self._layout.widened_shape(name, victim.shape)
-        gaps = []
-        for slot in slots:
-            shape = (*widened[: slot.dim], count * slot.block, *widened[slot.dim + 1 :])
-            gaps.append(Gap(slot, victim, shape, self._layout.kept(name, victim.shape)))
+        name = slots[0].tensor
+        neurons = Neurons.of(site, self._layout, {name: victim})
         values = self._weights.fill_tensor(
-            Neurons(site, count, tuple(gaps)),
+            neurons,
             derive_rng(self._secret, f"weights of tensor {name}", site.name),
             derive_rng(self._secret, "weights of channels", site.name),
         )
-        check_values(values, gaps, f"weights {self._weights.name!r}, site {site.name!r}")
+        check_values(values, neurons.gaps, f"weights {self._weights.name!r}, site {site.name!r}")
         return [
             (slot.dim, self._layout.forged(site, slot), value)
             for slot, value in zip(slots, values, strict=True)
