@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deepenc.analysis.storage import among, bits, hidden, shared_bits, subnormal, trailing_zeros
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.encryption.defense import Defense, Gap, Neurons
-from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
+from deepenc.encryption.defense import Defense, Neurons
+from deepenc.encryption.keys.secret import derive_positions, secret_of
+from deepenc.encryption.shelter import derived
 from deepenc.errors import DeepencError
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors
@@ -93,10 +94,8 @@ class Container(Attack):
             secret = secret_of(seed=seed)
             guess = derive_positions(secret, originals, counts)
             layout = Layout(originals, guess)
-            gaps, held = opened(tensors, layout, site)
-            made = weights.fill(
-                Neurons(site, counts[site.name], gaps), derive_rng(secret, "weights ", site.name)
-            )
+            neurons, held = opened(tensors, layout, site)
+            made = derived(weights, neurons, secret)
             # Hardening may have changed some of them, a later site others.
             equal = torch.cat([(a == b).flatten() for a, b in zip(made, held, strict=True)])
             if equal.double().mean() > 0.5:
@@ -104,15 +103,15 @@ class Container(Attack):
         return {}
 
 
-def opened(tensors: Mapping[str, Tensor], layout: Layout, site: Site) -> tuple[tuple[Gap, ...], list[Tensor]]:
-    """A site's gaps, as before it was filled, if the layout is right, and what is in them."""
-    gaps, held = [], []
-    for slot in site.slots:
-        tensor = tensors[slot.tensor].detach().cpu()
-        kept = layout.kept(slot.tensor, layout.narrowed_shape(slot.tensor, tensor.shape))
-        held.append(tensor.index_select(slot.dim, layout.forged(site, slot)))
-        gaps.append(Gap(slot, narrow(tensor, kept), tuple(held[-1].shape), kept))
-    return tuple(gaps), held
+def opened(tensors: Mapping[str, Tensor], layout: Layout, site: Site) -> tuple[Neurons, list[Tensor]]:
+    """A site's confusion channels before they were filled, if the layout is right, and what is in them."""
+    own = {slot.tensor: tensors[slot.tensor].detach().cpu() for slot in site.slots}
+    held = [own[slot.tensor].index_select(slot.dim, layout.forged(site, slot)) for slot in site.slots]
+    victim = {
+        name: narrow(tensor, layout.kept(name, layout.narrowed_shape(name, tensor.shape)))
+        for name, tensor in own.items()
+    }
+    return Neurons.of(site, layout, victim), held
 
 
 def unusual(values: Tensor) -> Tensor:

@@ -47,14 +47,13 @@ class Gap:
         slot: Where in the victim's tensor the site's channels lie.
         victim: The victim's tensor, whole; not to be changed.
         shape: Shape of the values wanted: the widened tensor's, with ``count * block`` along ``slot.dim``.
-        kept: For dimensions that are widened, where the victim's entries lie in them (`Layout.kept`); None
-            where that is not known.
+        kept: For dimensions that are widened, where the victim's entries lie in them (`Layout.kept`).
     """
 
     slot: Slot
     victim: Tensor
     shape: tuple[int, ...]
-    kept: Mapping[int, Tensor] | None = None
+    kept: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,49 +117,37 @@ class Weights(Plugin):
     kind: ClassVar[str] = "weights"
 
     per_tensor: ClassVar[bool] = False
-    """Whether `fill_tensor` does: a checkpoint larger than memory is filled one tensor at a time."""
+    """Whether `fill` is called once for each tensor of a site, with the gaps of that tensor alone, so that a
+    checkpoint larger than memory can be filled."""
 
     @abstractmethod
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """Make the weights of one site's confusion channels.
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
+        """Make the weights of one site's confusion channels; with ``per_tensor`` in one tensor.
 
         Args:
             neurons: The channels and the victim's tensors around them.
-            rng: The only source of randomness.
+            rng: Randomness for these gaps.
+            channels: For what belongs to a channel, not to one of its tensors: with ``per_tensor``, it gives
+                the same numbers for each tensor of the site.
 
         Returns:
             For each gap, in order, a finite tensor of ``gap.shape``. Where two sites meet in one tensor,
             the later site's values are the ones that stay.
         """
 
-    def fill_tensor(
-        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
-    ) -> Sequence[Tensor]:
-        """Make the weights of one site's confusion channels in one tensor; only where ``per_tensor``.
 
-        Args:
-            neurons: As for `fill`, with the gaps of one tensor alone.
-            rng: Randomness for this tensor.
-            channels: Gives the same numbers for each tensor of the site: for what belongs to a channel,
-                not to one of its tensors.
-
-        Returns:
-            As `fill`.
-        """
-        return self.fill(neurons, rng)
-
-
-def check_values(values: Sequence[Tensor], gaps: Sequence[Gap], blame: str) -> None:
-    """Hold weights to their word: a finite tensor for each gap, of its shape and of the victim's dtype.
-
-    Args:
-        values: What the plugin returned.
-        gaps: What it was to fill.
-        blame: The plugin, for the message.
+def filled(
+    weights: Weights, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+) -> Sequence[Tensor]:
+    """What a plugin fills confusion channels with, validated.
 
     Raises:
-        PluginError: They are not.
+        PluginError: It is not a finite tensor for each gap, of its shape and of the victim's dtype.
     """
+    values, gaps = weights.fill(neurons, rng, channels), neurons.gaps
+    blame = f"weights {weights.name!r}, site {neurons.site.name!r}"
     if len(values) != len(gaps):
         raise PluginError(f"{blame}: expected a tensor for each of the {len(gaps)} gaps, got {len(values)}")
     for gap, value in zip(gaps, values, strict=True):
@@ -173,6 +160,7 @@ def check_values(values: Sequence[Tensor], gaps: Sequence[Gap], blame: str) -> N
             )
         if not torch.isfinite(value).all():
             raise PluginError(f"{where}: expected finite values, got NaN or infinity")
+    return values
 
 
 class Hardening(Plugin):

@@ -1,16 +1,16 @@
-"""Put confusion channels into a victim: arrange, widen, fill, harden; plugins are held to their word."""
+"""Put confusion channels into a victim: arrange, widen, fill, harden; what plugins return is validated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import torch
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from deepenc.encryption.defense import Defense, Hardening, Neurons, Original, Weights, check_values
+from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Weights, filled
 from deepenc.encryption.filling.entries import forged_mask
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, verify
@@ -18,8 +18,7 @@ from deepenc.encryption.keys.secret import derive_rng
 from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.arrangement import Arrangement, proved
-from deepenc.network.sites import Site
-from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.structure import State, named_tensors, replace_tensors
 from deepenc.network.surgery import Layout, fit, narrow, widened
 from deepenc.plugins import Plugin
 
@@ -85,10 +84,7 @@ def shelter(
         raise SiteError(f"the network lacks the sites' tensors {strangers[:5]}; are they another network's?")
     tensors = widened(victim, layout)
     assert defense.weights is not None
-    for site in layout.sites:
-        if layout.positions[site.name]:
-            rng = derive_rng(secret, f"weights {release}", site.name)
-            fill(site, layout, victim, tensors, defense.weights, rng)
+    fill(layout, victim, tensors, partial(derived, defense.weights, secret=secret, release=release))
     network = fit(arranged.model, tensors, layout)
     withheld = _harden(network, layout, arranged, defense.hardening, secret, release)
     return network, _key(network, original, positions, arrangement, withheld)
@@ -199,22 +195,43 @@ def _key(
     return Key(original.sites, dict(positions), mark, arrangement, pack(kept) if kept else b"")
 
 
-def fill(
-    site: Site,
-    layout: Layout,
-    victim: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    weights: Weights,
-    rng: np.random.Generator,
-) -> None:
-    """Fill one site's confusion channels, in place in the widened tensors."""
-    neurons = Neurons.of(site, layout, victim)
-    values = weights.fill(neurons, rng)
-    check_values(values, neurons.gaps, f"weights {weights.name!r}, site {site.name!r}")
-    for gap, value in zip(neurons.gaps, values, strict=True):
-        target = tensors[gap.slot.tensor]
-        entries = layout.forged(site, gap.slot)
-        target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
+def derived(weights: Weights, neurons: Neurons, secret: bytes, release: str = "") -> list[Tensor]:
+    """What a secret fills one site's confusion channels with, all of them or those in some tensors.
+
+    Args:
+        weights: Makes the values.
+        neurons: What to fill.
+        secret: 32 bytes.
+        release: Fingerprint of the last release; empty for the first.
+
+    Raises:
+        PluginError: The weights broke their interface.
+    """
+    made: dict[Gap, Tensor] = {}
+    for name in dict.fromkeys(gap.slot.tensor if weights.per_tensor else "" for gap in neurons.gaps):
+        part = replace(neurons, gaps=tuple(gap for gap in neurons.gaps if name in ("", gap.slot.tensor)))
+        rng = derive_rng(secret, f"weights {name} {release}", neurons.site.name)
+        channels = derive_rng(secret, f"channels {release}", neurons.site.name)
+        made |= zip(part.gaps, filled(weights, part, rng, channels), strict=True)
+    return [made[gap] for gap in neurons.gaps]
+
+
+def fill(layout: Layout, victim: State, tensors: State, make: Callable[[Neurons], Sequence[Tensor]]) -> None:
+    """Fill confusion channels, in place in the widened tensors.
+
+    Args:
+        layout: Where the victim's entries lie.
+        victim: Its tensors.
+        tensors: The widened ones.
+        make: Gives a tensor for each gap of a site.
+    """
+    for site in layout.sites:
+        if layout.positions[site.name]:
+            neurons = Neurons.of(site, layout, victim)
+            for gap, value in zip(neurons.gaps, make(neurons), strict=True):
+                target = tensors[gap.slot.tensor]
+                entries = layout.forged(site, gap.slot)
+                target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
 
 
 def _check_hardened(

@@ -50,7 +50,9 @@ class Conditional(Weights):
     """Whether bias and normalisation entries are one real channel's (Gaussian: drawn with the weights), of
     real channels drawn for each vector (Gaussian: each drawn by itself), or defaults."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
         """See `Weights.fill`."""
         if self.form == "gaussian":
             return self._gaussian(neurons, rng)

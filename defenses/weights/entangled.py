@@ -46,14 +46,10 @@ class Entangled(Weights):
     """Whether a group's bias and normalisation entries come from one real channel, from several, or are
     defaults."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """See `Weights.fill`."""
-        return self.fill_tensor(neurons, rng, rng)
-
-    def fill_tensor(
+    def fill(
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
-        """See `Weights.fill_tensor`."""
+        """See `Weights.fill`."""
         groups = grouped(neurons.count, self.group, channels)
         number = int(groups.max()) + 1
         models = distinct(neurons.site.width, number, channels)

@@ -25,6 +25,8 @@ class Init(Weights):
     name: ClassVar[str] = "init"
     per_tensor: ClassVar[bool] = True
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
         """Initialise all gaps."""
         return initialise(neurons, rng)

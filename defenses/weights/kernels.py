@@ -33,14 +33,10 @@ class Kernels(Weights):
     norms: NormFill = "joint"
     """Whether bias and normalisation entries come from one real channel, from several, or are defaults."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """See `Weights.fill`."""
-        return self.fill_tensor(neurons, rng, rng)
-
-    def fill_tensor(
+    def fill(
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
-        """See `Weights.fill_tensor`."""
+        """See `Weights.fill`."""
         models = distinct(neurons.site.width, neurons.count, channels)
 
         def draw(gap: Gap, real: Tensor) -> Tensor:

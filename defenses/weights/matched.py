@@ -35,14 +35,10 @@ class Matched(Weights):
     """Whether bias and normalisation entries are the model's, of real channels drawn for each vector, or
     defaults."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """See `Weights.fill`."""
-        return self.fill_tensor(neurons, rng, rng)
-
-    def fill_tensor(
+    def fill(
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
-        """See `Weights.fill_tensor`."""
+        """See `Weights.fill`."""
         models = distinct(neurons.site.width, neurons.count, channels)
 
         def draw(gap: Gap, real: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepenc.encryption.defense import Gap, Neurons, Weights
+from deepenc.encryption.defense import Neurons, Weights
 from deepenc.encryption.filling.fills import Norms, initialise, sample
 
 
@@ -27,22 +27,15 @@ class Mixed(Weights):
     norms: Norms = "independent"
     """How BatchNorm's four vectors are sampled: each by itself, or ``"joint"``, all from one real channel."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """Fill all gaps both ways and let each neuron's coin choose."""
-        return self.fill_tensor(neurons, rng, rng)
-
-    def fill_tensor(
+    def fill(
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
-        """Fill one tensor's gaps; a neuron's coin is the same in each tensor."""
+        """Fill all gaps both ways and let each neuron's coin choose, the same in each tensor."""
         heads = torch.from_numpy(channels.random(neurons.count) < 0.5)
         sampled = sample(neurons, rng, self.norms, channels)
         pairs = zip(neurons.gaps, sampled, initialise(neurons, rng), strict=True)
-        return [torch.where(_spread(heads, gap), drawn, fresh) for gap, drawn, fresh in pairs]
-
-
-def _spread(heads: Tensor, gap: Gap) -> Tensor:
-    """The coins along the slot's dimension, each over its neuron's block; broadcasts to ``gap.shape``."""
-    shape = [1] * len(gap.shape)
-    shape[gap.slot.dim] = -1
-    return heads.repeat_interleave(gap.slot.block).reshape(shape).to(gap.victim.device)
+        values = []
+        for gap, drawn, fresh in pairs:
+            coins = gap.slot.along(heads, len(gap.shape)).to(gap.victim.device)
+            values.append(torch.where(coins, drawn, fresh))
+        return values

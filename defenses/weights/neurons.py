@@ -30,14 +30,10 @@ class Recombined(Weights):
     """Whether bias and normalisation entries are those of the channel that the incoming weights are of, of
     real channels drawn for each vector, or defaults."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """See `Weights.fill`."""
-        return self.fill_tensor(neurons, rng, rng)
-
-    def fill_tensor(
+    def fill(
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
-        """See `Weights.fill_tensor`."""
+        """See `Weights.fill`."""
         width = neurons.site.width
         into = distinct(width, neurons.count, channels)
         # Any other channel than the first, where there is another.

@@ -30,12 +30,8 @@ class Samp(Weights):
     one real channel. It decides almost everything: a CIFAR-10 ResNet-20 at 5 % keeps 7 to 89 % of accuracy
     with the first, depending on the key, and 81 to 91 % with the second."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
-        """Sample all gaps."""
-        return sample(neurons, rng, self.norms)
-
-    def fill_tensor(
+    def fill(
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
-        """Sample one tensor's gaps."""
+        """Sample all gaps."""
         return sample(neurons, rng, self.norms, channels)

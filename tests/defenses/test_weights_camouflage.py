@@ -12,10 +12,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from deepenc.arena.checks.contract import run_checks
-from deepenc.encryption.defense import Defense, Gap, Neurons, Weights
+from deepenc.encryption.defense import Defense, Neurons, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.surgery import Layout
 from defenses.weights.conditional import Conditional, directions
 from defenses.weights.decoys import Decoys
 from defenses.weights.entangled import Entangled, grouped
@@ -45,18 +46,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ask(tensors: dict[str, Tensor], site: Site, count: int) -> Neurons:
-    gaps = []
-    for slot in site.slots:
-        shape = list(tensors[slot.tensor].shape)
-        shape[slot.dim] = count * slot.block
-        gaps.append(Gap(slot, tensors[slot.tensor], tuple(shape)))
-    return Neurons(site, count, tuple(gaps))
+    return Neurons.of(site, Layout.appended((site,), {site.name: count}), tensors)
 
 
 def filled(
     weights: Weights, tensors: dict[str, Tensor], site: Site, count: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    values = weights.fill(ask(tensors, site, count), rng(seed))
+    values = weights.fill(ask(tensors, site, count), rng(seed), rng(seed + 100))
     return dict(zip((slot.tensor for slot in site.slots), values, strict=True))
 
 
@@ -106,13 +102,13 @@ def test_each_gives_shapes_and_types_asked_and_the_same_from_the_same_generator(
         for site in planted[2]:
             for count in (1, 5):
                 neurons = ask(net.state_dict(), site, count)
-                values = weights.fill(neurons, rng())
+                values = weights.fill(neurons, rng(), rng(100))
                 assert [v.shape for v in values] == [gap.shape for gap in neurons.gaps]
                 assert {v.dtype for v in values} == {dtype}
                 assert all(torch.isfinite(v).all() for v in values)
-                again = weights.fill(neurons, rng())
+                again = weights.fill(neurons, rng(), rng(100))
                 assert all(torch.equal(a, b) for a, b in zip(values, again, strict=True))
-                other = weights.fill(neurons, rng(1))
+                other = weights.fill(neurons, rng(1), rng(101))
                 assert not all(torch.equal(a, b) for a, b in zip(values, other, strict=True))
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
@@ -122,7 +118,7 @@ def test_no_float_is_one_of_the_victims(planted: Net, weights: Weights) -> None:
     state = planted[0].float().state_dict()
     for site in planted[2]:
         neurons = ask(state, site, 9)
-        for gap, value in zip(neurons.gaps, weights.fill(neurons, rng()), strict=True):
+        for gap, value in zip(neurons.gaps, weights.fill(neurons, rng(), rng(100)), strict=True):
             made = gap.slot.role in (Role.INCOMING, Role.OUTGOING)
             if made or getattr(weights, "norms", None) != "default":
                 assert not torch.isin(value, gap.victim).any(), gap.slot
@@ -172,7 +168,7 @@ def test_one_tensor_at_a_time_gives_the_same_kinds_of_values(planted: Net, weigh
     for site in planted[2]:
         whole = ask(state, site, 6)
         for number, gap in enumerate(whole.gaps):
-            (value,) = weights.fill_tensor(Neurons(site, 6, (gap,)), rng(number), rng(99))
+            (value,) = weights.fill(Neurons(site, 6, (gap,)), rng(number), rng(99))
             assert value.shape == gap.shape and torch.isfinite(value).all()
 
 
@@ -180,9 +176,7 @@ def test_what_belongs_to_a_neuron_is_the_same_in_each_tensor() -> None:
     tensors, site = layer()
     apart = {}
     for number, gap in enumerate(ask(tensors, site, 12).gaps):
-        (apart[gap.slot.tensor],) = Recombined(jitter=0).fill_tensor(
-            Neurons(site, 12, (gap,)), rng(number), rng(7)
-        )
+        (apart[gap.slot.tensor],) = Recombined(jitter=0).fill(Neurons(site, 12, (gap,)), rng(number), rng(7))
     near = [(apart[name][:, None] - tensors[name]).abs().argmin(1) for name in VECTORS]
     into = (apart["in"].flatten(1)[:, None] - tensors["in"].flatten(1)).abs().sum(2).argmin(1)
     assert all(torch.equal(source, into) for source in near)
@@ -452,18 +446,21 @@ def test_a_whole_group_hardly_changes_a_network_and_part_of_one_does() -> None:
         placement="proportional:proportion=0.1",
         weights=Entangled(remainder=0, jitter=1e-4, strength=5),
     )
-    encrypted, key = encrypt(net, inputs, defense, seed=0)
-    (chosen,) = key.positions.values()
-    assert len(chosen) == 4
+    least = []
+    for seed in range(10):
+        encrypted, key = encrypt(net, inputs, defense, seed=seed)
+        (chosen,) = key.positions.values()
+        assert len(chosen) == 4
 
-    def change(silent: tuple[int, ...]) -> float:
-        changed = nn.Sequential(*encrypted)
-        weight = changed[2].weight.detach().clone()
-        weight[:, list(silent)] = 0
-        with torch.no_grad():
-            hidden = changed[:2](inputs)
-            return float((hidden @ weight.T + changed[2].bias - net(inputs)).norm() / net(inputs).norm())
+        def change(silent: tuple[int, ...], encrypted: Any = encrypted) -> float:
+            changed = nn.Sequential(*encrypted)
+            weight = changed[2].weight.detach().clone()
+            weight[:, list(silent)] = 0
+            with torch.no_grad():
+                hidden = changed[:2](inputs)
+                return float((hidden @ weight.T + changed[2].bias - net(inputs)).norm() / net(inputs).norm())
 
-    assert change(()) < 0.01 and change(chosen) < 1e-5
-    subsets = [chosen[:k] for k in (1, 3)] + [chosen[1:]] + [(c,) for c in chosen]
-    assert min(change(subset) for subset in subsets) > 0.5
+        assert change(()) < 0.01 and change(chosen) < 1e-5
+        subsets = [chosen[:k] for k in (1, 3)] + [chosen[1:]] + [(c,) for c in chosen]
+        least.append(min(change(subset) for subset in subsets))
+    assert min(least) > 0.2 and np.median(least) > 0.4

@@ -38,7 +38,7 @@ class Filler(Weights):
     fault: Literal["none", "shape", "nan", "dtype", "number", "type"] = "none"
     value: float = 0.5
 
-    def fill(self, neurons, rng):
+    def fill(self, neurons, rng, channels):
         values = [gap.victim.new_full(gap.shape, self.value) for gap in neurons.gaps]
         if self.fault == "shape":
             values[-1] = values[-1][..., :1].repeat_interleave(99, -1)
@@ -58,7 +58,7 @@ class Random(Weights):
 
     name: ClassVar[str] = "test-random"
 
-    def fill(self, neurons, rng):
+    def fill(self, neurons, rng, channels):
         return [torch.from_numpy(rng.standard_normal(gap.shape)).to(gap.victim) for gap in neurons.gaps]
 
 

@@ -40,7 +40,7 @@ class Normal(Weights):
 
     name: ClassVar[str] = "test-normal"
 
-    def fill(self, neurons: Any, rng: np.random.Generator) -> list[Tensor]:
+    def fill(self, neurons: Any, rng: np.random.Generator, channels: np.random.Generator) -> list[Tensor]:
         return [torch.from_numpy(rng.standard_normal(gap.shape)).to(gap.victim) for gap in neurons.gaps]
 
 

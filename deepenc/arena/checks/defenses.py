@@ -59,7 +59,7 @@ def weights_checks(weights: Weights) -> list[Check]:
 
     def fill() -> list[Sequence[Tensor]]:
         rng = np.random.default_rng(7)
-        return [weights.fill(neurons, rng) for neurons in _neurons()]
+        return [weights.fill(neurons, rng, rng) for neurons in _neurons()]
 
     def form() -> None:
         for neurons, values in zip(_neurons(), fill(), strict=True):

@@ -56,7 +56,9 @@ class PlantedWeights(Weights):
     Defaults: normalisation as a layer starts. Statistics: running statistics far from the truth. Noise:
     nothing else. Damage: large outgoing weights. Clones: nearly a real channel."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
         """See `Weights.fill`."""
         sources = rng.integers(neurons.site.width, size=neurons.count)
         return [self._values(gap, neurons.site.width, sources, rng) for gap in neurons.gaps]
@@ -105,7 +107,9 @@ class Alike(Weights):
 
     name: ClassVar[str] = "planted-alike"
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
         """See `Weights.fill`."""
         return [self._values(gap, rng) for gap in neurons.gaps]
 

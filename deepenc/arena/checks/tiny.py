@@ -135,7 +135,9 @@ class Noise(Weights):
 
     name: ClassVar[str] = "noise"
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
         """See `Weights.fill`."""
         values = []
         for gap in neurons.gaps:

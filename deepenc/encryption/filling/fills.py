@@ -6,7 +6,7 @@ the channels of the layer at the other end; what a channel has with one partner,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod, sqrt
 from typing import Literal
 
@@ -31,23 +31,20 @@ DEFAULTS = {Role.BIAS: 0.0, Role.SCALE: 1.0, Role.SHIFT: 0.0, Role.MEAN: 0.0, Ro
 
 
 def sample(
-    neurons: Neurons,
-    rng: np.random.Generator,
-    norms: Norms = "independent",
-    channels: np.random.Generator | None = None,
+    neurons: Neurons, rng: np.random.Generator, norms: Norms, channels: np.random.Generator
 ) -> list[Tensor]:
     """Draw every entry, with replacement, from the original entries of the same tensor.
 
     Args:
         neurons: What to fill.
-        rng: The only source of randomness.
+        rng: Draws.
         norms: With ``"joint"``, the normalisation vectors of a neuron all come from one real channel.
-        channels: Chooses those real channels; default: ``rng``.
+        channels: Chooses those real channels.
 
     Returns:
         A tensor of ``gap.shape`` for each gap.
     """
-    models = (channels or rng).integers(neurons.site.width, size=neurons.count) if norms == "joint" else None
+    models = channels.integers(neurons.site.width, size=neurons.count) if norms == "joint" else None
     values = []
     for gap in neurons.gaps:
         if models is not None and gap.slot.role in _NORM and _is_vector(gap):
@@ -221,24 +218,15 @@ def real_rows(gap: Gap, width: int, rng: np.random.Generator) -> Tensor:
     """
     slot = gap.slot
     rows = slot.part(gap.victim.detach(), width)
-    # A gap that does not say where the victim's entries are leaves it to chance which partner is which.
-    kept: Mapping[int, Tensor] = gap.kept or {}
-    for dim, wanted in enumerate(gap.shape):
-        if dim != slot.dim and wanted != gap.victim.shape[dim]:
-            index = _partners(gap.victim.shape[dim], wanted, kept.get(dim), rng)
-            rows = rows.index_select(dim, index.to(rows.device))
+    for dim, kept in gap.kept.items():
+        if dim != slot.dim:
+            index = rng.integers(len(kept), size=gap.shape[dim])
+            index[kept.numpy()] = np.arange(len(kept))
+            rows = rows.index_select(dim, torch.from_numpy(index).to(rows.device))
     rows = rows.movedim(slot.dim, 0)
     partners = rows.shape[1] if rows.ndim > 1 else 1
     rows = rows.reshape(width, slot.block, partners, -1)
     return rows.transpose(1, 2).reshape(width, partners, -1)
-
-
-def _partners(size: int, wanted: int, kept: Tensor | None, rng: np.random.Generator) -> Tensor:
-    """Which of the ``size`` real partners each of ``wanted`` partners is, or is made like."""
-    index = rng.integers(size, size=wanted)
-    if kept is not None:
-        index[kept.cpu().numpy()] = np.arange(size)
-    return torch.from_numpy(index)
 
 
 def placed(rows: Tensor, gap: Gap) -> Tensor:

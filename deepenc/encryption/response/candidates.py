@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepenc.encryption.defense import Allocation, Original, Weights
+from deepenc.encryption.defense import Allocation, Neurons, Original, Weights
+from deepenc.encryption.defense import filled as weights_of
 from deepenc.encryption.filling.inputs import draw
 from deepenc.encryption.response.measure import Measure, Reader
 from deepenc.encryption.response.objective import Response
@@ -250,10 +251,13 @@ def filled(
     layout = Layout.appended(original.sites, most)
     victim = tensors_of(original.model, original.sites)
     tensors = widened(victim, layout)
-    for site in layout.sites:
-        own = np.random.default_rng(rng.integers(2**63))
-        if layout.positions[site.name]:
-            fill(site, layout, victim, tensors, weights, own)
+    seeds = {site.name: int(rng.integers(2**63)) for site in layout.sites}
+
+    def make(neurons: Neurons) -> Sequence[Tensor]:
+        own = np.random.default_rng(seeds[neurons.site.name])
+        return weights_of(weights, neurons, own, own)
+
+    fill(layout, victim, tensors, make)
     return tensors, layout
 
 

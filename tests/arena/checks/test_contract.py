@@ -286,22 +286,22 @@ class Meddler(TwoEach):
 class Cropped(Noise):
     """Values of a wrong shape."""
 
-    def fill(self, neurons, rng):
-        return [value[:1] for value in super().fill(neurons, rng)]
+    def fill(self, neurons, rng, channels):
+        return [value[:1] for value in super().fill(neurons, rng, channels)]
 
 
 class Infinite(Noise):
     """Infinite values."""
 
-    def fill(self, neurons, rng):
-        return [value / 0 for value in super().fill(neurons, rng)]
+    def fill(self, neurons, rng, channels):
+        return [value / 0 for value in super().fill(neurons, rng, channels)]
 
 
 class Global(Noise):
     """Draws from torch's global generator."""
 
-    def fill(self, neurons, rng):
-        return [torch.randn_like(value) for value in super().fill(neurons, rng)]
+    def fill(self, neurons, rng, channels):
+        return [torch.randn_like(value) for value in super().fill(neurons, rng, channels)]
 
 
 class Forgetful(Hardening):

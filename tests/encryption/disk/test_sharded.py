@@ -143,10 +143,17 @@ def test_what_is_written_is_an_encrypted_network(tmp_path: Path, name: str) -> N
         assert torch.equal(restored(words).logits, original(words).logits)
 
 
-def test_positions_are_those_of_encrypt_in_memory(victim: Path, tmp_path: Path) -> None:
-    key = encrypt_checkpoint(victim, tmp_path / "locked", "paper-samp", seed=3)
-    _, other = deepenc.encrypt(network("llama"), None, "paper-samp", seed=3, sites=key.sites)
-    assert key.positions == other.positions
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("name", "weights"), [("llama", "samp"), ("gpt2", "mixed"), ("bert", "init"), ("gpt2", "entangled")]
+)
+def test_the_network_is_that_of_encrypt_in_memory(tmp_path: Path, name: str, weights: str) -> None:
+    defense = {"name": "x", "placement": "proportional", "weights": weights}
+    key = encrypt_checkpoint(saved(tmp_path / "victim", name), tmp_path / "locked", defense, seed=3)
+    encrypted, other = deepenc.encrypt(network(name), None, defense, seed=3, sites=key.sites)
+    assert key == other and sum(map(len, key.positions.values()))
+    in_files, in_memory = load_sharded(tmp_path / "locked").tensors, encrypted.state_dict()
+    assert in_files and equal(in_files, {tensor: in_memory[tensor] for tensor in in_files})
 
 
 def test_confusion_entries_are_drawn_from_their_tensor(victim: Path, tmp_path: Path) -> None:
@@ -436,7 +443,7 @@ class Whole(Weights):
 
     name: ClassVar[str] = "whole"
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> list[Tensor]:
+    def fill(self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator) -> list[Tensor]:
         return [gap.victim.new_zeros(gap.shape) for gap in neurons.gaps]
 
 
@@ -445,14 +452,14 @@ class Wrong(Whole):
 
     per_tensor: ClassVar[bool] = True
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> list[Tensor]:
+    def fill(self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator) -> list[Tensor]:
         return []
 
 
 class NotFinite(Wrong):
     """Fills with infinity."""
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> list[Tensor]:
+    def fill(self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator) -> list[Tensor]:
         return [gap.victim.new_full(gap.shape, float("inf")) for gap in neurons.gaps]
 
 

@@ -30,7 +30,9 @@ class Fading(Weights):
 
     name = "fading"
 
-    def fill(self, neurons: Neurons, rng: np.random.Generator) -> Sequence[Tensor]:
+    def fill(
+        self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
+    ) -> Sequence[Tensor]:
         """See `Weights.fill`."""
         values = []
         for gap in neurons.gaps:

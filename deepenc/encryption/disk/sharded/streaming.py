@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepenc.encryption.defense import Neurons, Weights, check_values
+from deepenc.encryption.defense import Neurons, Weights
 from deepenc.encryption.disk.sharded.shards import Entry, Reader, steps
-from deepenc.encryption.keys.secret import derive_rng
+from deepenc.encryption.shelter import derived
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
 
@@ -81,14 +81,8 @@ class Inserter:
 
     def _fill(self, site: Site, slots: tuple[Slot, ...], victim: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """Values for one site's slots in one tensor: dimension, widened entries along it, values."""
-        name = slots[0].tensor
-        neurons = Neurons.of(site, self._layout, {name: victim})
-        values = self._weights.fill_tensor(
-            neurons,
-            derive_rng(self._secret, f"weights of tensor {name}", site.name),
-            derive_rng(self._secret, "weights of channels", site.name),
-        )
-        check_values(values, neurons.gaps, f"weights {self._weights.name!r}, site {site.name!r}")
+        neurons = Neurons.of(site, self._layout, {slots[0].tensor: victim})
+        values = derived(self._weights, neurons, self._secret)
         return [
             (slot.dim, self._layout.forged(site, slot), value)
             for slot, value in zip(slots, values, strict=True)
