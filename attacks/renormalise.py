@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from deepenc.analysis.renormalising import bare, renormalised
+from deepenc.analysis.following import Run
+from deepenc.analysis.renormalising import renormalised
 from deepenc.arena.case import Case, Claim
 from deepenc.arena.kit.training import TrainedAttack, affordable, train
 
@@ -50,6 +51,7 @@ class Renormalise(TrainedAttack):
         count = self.images if left is None else min(self.images, left // 2 - 1)
         if count > 0:
             inputs = torch.cat([case.unlabelled, case.labelled.inputs])[:count]
-            with renormalised(network, bare(network, inputs[:1]), inputs, self.largest):
+            paths = Run.of(network, inputs[:1]).unnormalised()
+            with renormalised(network, paths, inputs, self.largest):
                 train(case, network, recipe)
         return Claim(network=network)

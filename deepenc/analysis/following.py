@@ -128,6 +128,13 @@ class Run:
             None,
         )
 
+    def unnormalised(self) -> list[str]:
+        """Paths of the convolutions that ran, on images, and that no BatchNorm follows directly."""
+        followed = {self.layer_before(norm) for norm in self.norms()}
+        ran = {path: calls[0].made for path, calls in self.calls.items() if calls and path not in followed}
+        layers = {path: self.network.get_submodule(path) for path in ran}
+        return [p for p, m in layers.items() if isinstance(m, _ConvNd) and ran[p].dims == m.weight.dim()]
+
     def objections(self, path: str) -> Iterator[str]:
         """Say why a BatchNorm cannot go into the layer before it; nothing where it can."""
         norm, before = self.norms()[path], self.layer_before(path)

@@ -42,7 +42,8 @@ class Reader:
 def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[str, list[Reader]]:
     """Find what can be checked: the consumers of each site whose outputs go into a BatchNorm.
 
-    They are told by their values, not by their names: the BatchNorm's input holds the consumer's output.
+    They are told by their values: the BatchNorm's input holds the consumer's output, alone or concatenated
+    with others'. What comes directly before a BatchNorm is `deepenc.analysis.following`'s question.
 
     Args:
         network: In eval mode; it stays as it is. Its hooks run.

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepenc.analysis.batchnorm import Moments
 from deepenc.analysis.folding import absorb, rescale
@@ -24,37 +23,6 @@ KINDS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 """By the dimensions of what the convolution makes."""
 CONSTANT = 1e-12
 """Deviation below which a channel's outputs are all the same."""
-
-
-def bare(network: nn.Module, inputs: Tensor) -> list[str]:
-    """Paths of the convolutions that no BatchNorm follows directly, in the order in which they run.
-
-    Args:
-        network: In eval mode; it stays as it is. Its hooks run: a metered network is charged.
-        inputs: ``(images, ...)``, at least one.
-    """
-    makers = WeakTensorKeyDictionary()
-    ran: list[str] = []
-    normed: set[str | None] = set()
-
-    def made(path: str, layer: _ConvNd, _: Any, output: Tensor) -> None:
-        if output.dim() == layer.weight.dim():  # else it has no dimension of images
-            ran.append(path)
-            makers[output] = path
-
-    def given(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            normed.add(makers.get(args[0]))  # type: ignore[no-untyped-call]
-
-    handles = []
-    for path, module in network.named_modules():
-        if isinstance(module, _ConvNd):
-            handles.append(module.register_forward_hook(partial(made, path)))
-        elif isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(given))
-    with removed(handles), torch.no_grad():
-        network(inputs)
-    return [path for path in dict.fromkeys(ran) if path not in normed]
 
 
 @contextmanager
@@ -69,7 +37,7 @@ def renormalised(
 
     Args:
         network: Changed in place; in eval mode, now and when it comes back.
-        paths: Convolutions, from `bare`; one whose outputs are not finite gets no BatchNorm.
+        paths: Convolutions, from `Run.unnormalised`; one whose outputs are not finite gets no BatchNorm.
         inputs: ``(images, ...)`` to measure deviations on, run at once; a metered network is charged.
         largest: Largest deviation, in medians of those of the first convolution's channels.
 

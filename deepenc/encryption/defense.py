@@ -197,11 +197,12 @@ class Hardening(Plugin):
         """
         return ()
 
-    @abstractmethod
     def harden(
         self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
     ) -> None:
-        """Change the encrypted network in place: confusion entries and what is withheld; the core checks it.
+        """Change the encrypted network in place: confusion entries, what is withheld, or (default) nothing.
+
+        The core checks it.
 
         Args:
             network: The encrypted network.

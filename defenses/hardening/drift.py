@@ -34,11 +34,6 @@ class Drift(Hardening):
     name: ClassVar[str] = "drift"
     follows: ClassVar[bool] = True
 
-    def harden(
-        self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
-    ) -> None:
-        """See `Hardening.harden`; there is nothing to follow yet."""
-
     def follow(
         self,
         network: nn.Module,

@@ -6,11 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
-from torch import nn
 
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.network.arrangement import LARGEST, Arrangement
-from deepenc.network.surgery import Layout
 
 
 class Permute(Hardening):
@@ -39,8 +37,3 @@ class Permute(Hardening):
                 drawn = rng.integers(-self.powers, self.powers + 1, size=site.width)
                 powers[site.name] = tuple(drawn.tolist())
         return Arrangement(order, powers)
-
-    def harden(
-        self, network: nn.Module, layout: Layout, original: Original, rng: np.random.Generator
-    ) -> None:
-        """See `Hardening.harden`; all is done before insertion."""

@@ -14,10 +14,15 @@ from attacks.chain import fits
 from attacks.finetune import Finetune
 from attacks.renormalise import Renormalise
 from deepenc.analysis.folding import fold
-from deepenc.analysis.renormalising import bare, renormalised
+from deepenc.analysis.following import Run
+from deepenc.analysis.renormalising import renormalised
 from deepenc.network.sites import Role
 
 SMALL = {"steps": 4, "lr": 0.05}
+
+
+def unnormalised(network, inputs):
+    return Run.of(network, inputs).unnormalised()
 
 
 def folded(planted):
@@ -56,7 +61,7 @@ def close(a, b):
 def test_the_function_is_the_same_at_first_and_again_when_nothing_was_trained(network):
     model, images = network
     before, names = model(images), set(model.state_dict())
-    with renormalised(model, bare(model, images), images[:40]) as norms:
+    with renormalised(model, unnormalised(model, images), images[:40]) as norms:
         assert list(norms) == ["conv1", "conv2"] and len(norms_of(model)) == 2
         assert close(model(images), before)
     assert set(model.state_dict()) == names and not norms_of(model)
@@ -69,7 +74,7 @@ def test_batch_statistics_are_live_inside(network):
     """Normalised by the very images they were measured on, outputs are the same; by others they are not."""
     model, images = network
     expected = model(images)
-    with renormalised(model, bare(model, images), images[:64]):
+    with renormalised(model, unnormalised(model, images), images[:64]):
         same, other = model.train()(images[:64]), model.train()(images[64:])
         model.eval()
     assert close(same, expected[:64])
@@ -80,7 +85,7 @@ def test_batch_statistics_are_live_inside(network):
 def test_convolutions_are_divided_by_the_deviation_of_their_outputs(network):
     model, images = network
     expected = model.conv1(images).std((0, 2, 3), correction=0)
-    with renormalised(model, bare(model, images), images) as norms:
+    with renormalised(model, unnormalised(model, images), images) as norms:
         made = {}
         hooks = [
             norm.register_forward_pre_hook(lambda _, given, path=path: made.update({path: given[0]}))
@@ -97,7 +102,7 @@ def test_convolutions_are_divided_by_the_deviation_of_their_outputs(network):
 @torch.no_grad()
 def test_what_was_learned_stays_when_the_norms_go(network):
     model, images = network
-    with renormalised(model, bare(model, images), images) as norms:
+    with renormalised(model, unnormalised(model, images), images) as norms:
         for norm in norms.values():
             norm.weight.mul_(1.7)
             norm.bias.sub_(0.3)
@@ -119,7 +124,7 @@ def test_outputs_that_grow_are_scaled_down_before_the_layers_behind_are_measured
     expected = maps * (limit / maps.std((0, 2, 3), correction=0)).clamp(max=1)[:, None, None]
     assert float(down.min()) < 1 and bool((maps.std((0, 2, 3)) > limit).any())
     seen = []
-    with renormalised(model, bare(model, images), images, largest=2.0) as norms:
+    with renormalised(model, unnormalised(model, images), images, largest=2.0) as norms:
         hook = norms["conv2"].register_forward_hook(lambda *given: seen.append(given[2]))
         model(images)
         hook.remove()
@@ -131,7 +136,7 @@ def test_channels_that_are_constant_stay_so(network):
     model, images = network
     model.conv1.weight[2] = 0
     before = model(images)
-    with renormalised(model, bare(model, images), images) as norms:
+    with renormalised(model, unnormalised(model, images), images) as norms:
         assert close(model(images), before)
         assert torch.isfinite(norms["conv1"].weight).all()
     assert close(model(images), before) and not model.conv1.weight[2].any()
@@ -140,10 +145,10 @@ def test_channels_that_are_constant_stay_so(network):
 @torch.no_grad()
 def test_only_convolutions_without_a_norm_get_one(plant):
     case = plant(unlabelled=16).case
-    assert bare(case.copy(), case.unlabelled) == ["conv2"]
+    assert unnormalised(case.copy(), case.unlabelled) == ["conv2"]
     network = case.copy()
     network.bn1 = nn.Identity()
-    assert bare(network, case.unlabelled) == ["conv1", "conv2"]
+    assert unnormalised(network, case.unlabelled) == ["conv1", "conv2"]
     network.conv2.bias[3] = torch.inf
     with renormalised(network, ["conv1", "conv2"], case.unlabelled) as norms:
         assert list(norms) == ["conv1"]
