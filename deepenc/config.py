@@ -1,147 +1,135 @@
-"""An experiment's YAML file, read and validated; every complaint says which field and which line."""
+"""The YAML file of an experiment or a search, read and validated; every complaint has its field and line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, overload
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from deepenc.arena.plan import Entry, Experiment
-from deepenc.arena.threat import Threat
-from deepenc.encryption.defense import Defense
-from deepenc.errors import ConfigError, DeepencError, near
-from deepenc.plugins import build
+from deepenc.arena.plan import Experiment
+from deepenc.errors import ConfigError
+from deepenc.plainyaml import Place, read_file
+from deepenc.plugins import complaint
+from deepenc.study.search import Search
 
-Path_ = tuple[str | int, ...]
-"""Where something is in the file, as ``("attacks", 2, "epochs")``."""
+Model = TypeVar("Model", bound=BaseModel)
 
-_LISTS: dict[str, tuple[Callable[[Any], Any], type[BaseModel] | None]] = {
-    "victims": (lambda spec: build("victim", spec), None),
-    "defenses": (Defense.model_validate, Defense),
-    "attacks": (Entry.model_validate, Entry),
-    "threats": (Threat.model_validate, Threat),
+_COMMANDS: dict[type[BaseModel], tuple[str, set[str], str]] = {
+    Experiment: ("deepenc run", {"victims", "defenses"}, "configs/quickstart.yaml"),
+    Search: ("deepenc tune", {"space", "objectives"}, "configs/tune_digits.yaml"),
 }
+"""For each model the command that takes it, fields that no other has, and an example."""
 
 
-def load(path: str | Path) -> Experiment:
-    """Read an experiment.
+@overload
+def load(path: str | Path) -> Experiment: ...
+
+
+@overload
+def load(path: str | Path, model: type[Model]) -> Model: ...
+
+
+def load(path: str | Path, model: type[BaseModel] = Experiment) -> BaseModel:
+    """Read a configuration.
 
     Args:
-        path: A YAML file with the fields of `Experiment`.
+        path: A YAML file with the fields of the model.
+        model: What it describes: an `Experiment` or a `Search`.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML, or says something that cannot be meant; one line
-            for each complaint.
+        ConfigError: The file cannot be read, is not plain YAML, or is invalid; a line for each complaint.
     """
     path = Path(path)
-    content, lines = _read(path)
-    complaints = list(_item_complaints(content))
-    if not complaints:
-        try:
-            return Experiment.model_validate(content)
-        except ValidationError as error:
-            complaints = list(_explain((), error, Experiment))
+    content, lines = read_file(path)
+    command, _, example = _COMMANDS[model]
+    if not isinstance(content, dict):
+        got = "nothing" if content is None else type(content).__name__
+        fields = ", ".join(sorted(model.model_fields))
+        raise ConfigError(f"{path}: expected fields such as {fields}, got {got}; see {example}")
+    for other, theirs, _ in _COMMANDS.values():
+        if other != command and theirs & content.keys() and not _COMMANDS[model][1] & content.keys():
+            raise ConfigError(f"{path}: this is for `{other}`, not for `{command}`: {other} {path}")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        complaints = list(dict.fromkeys(_complaints(error, model, content, lines)))
     count = "one thing" if len(complaints) == 1 else f"{len(complaints)} things"
-    told = "\n".join(f"  {_where(place, lines)}: {text}" for place, text in complaints)
+    told = "\n".join(f"  {where}: {text}" for _, where, text in sorted(complaints, key=lambda said: said[0]))
     raise ConfigError(f"{path}: {count} to repair\n{told}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
-    """The file's content, and the line of everything in it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(
-            f"cannot read the configuration {path}: {problem}; give the path of a YAML file"
-        ) from error
-    lines: dict[Path_, int] = {}
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            lines.update(_lines((), node))
-        content = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
-        said = ", ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{path}: not YAML at {place}: {said}; repair that line") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not plain YAML: {str(error) or 'it contains itself'}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: expected fields such as {sorted(Experiment.model_fields)}, "
-            f"got {'nothing' if content is None else type(content).__name__}; see configs/quickstart.yaml"
-        )
-    return content, lines
+def load_search(path: str | Path) -> Search:
+    """Read a search; see `load`."""
+    return load(path, Search)
 
 
-def _lines(place: Path_, node: yaml.Node) -> Iterator[tuple[Path_, int]]:
-    yield place, node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _lines((*place, index), item)
-    elif isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:  # YAML itself would quietly keep the last
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-            yield from _lines((*place, key.value), value)
-            yield (*place, key.value), key.start_mark.line + 1
+def _complaints(
+    error: ValidationError, model: type[BaseModel], content: Any, lines: dict[Place, int]
+) -> Iterator[tuple[int, str, str]]:
+    """Of each complaint its line, its place in words, and what is wrong."""
+    details = error.errors(include_url=False)
+    places = [_place(detail) for detail in details]
+    for detail, place in zip(details, places, strict=True):
+        # A list counts as too short where one of its items is wrong: that is told already.
+        if detail["type"] == "too_short" and any(p != place and p[: len(place)] == place for p in places):
+            continue
+        known = _fields(model, detail["loc"][:-1])
+        name, _ = _where(place, detail["type"] == "missing", content, lines)
+        _, line = _where(place + _inside(detail), False, content, lines)
+        yield line, f"{name} (line {line})" if line else name, complaint(detail, known, "field")
 
 
-def _item_complaints(content: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
-    """Complaints about fields and listed plugins: each is tried alone, so that all are told at once."""
-    known = Experiment.model_fields
-    for field in content:
-        if field not in known:
-            yield (field,), f"unknown field {field!r}: {near(str(field), known)}"
-    for field, about in known.items():
-        if about.is_required() and field not in content:
-            yield (field,), "this field is missing; add it"
-    for field, (make, model) in _LISTS.items():
-        items = content.get(field)
-        if not isinstance(items, list):
-            continue  # the experiment's own validation says so
-        for index, item in enumerate(items):
-            try:
-                make(item)
-            except ValidationError as error:
-                yield from _explain((field, index), error, model)
-            except DeepencError as error:
-                yield (field, index), str(error)
+def _place(detail: ErrorDetails) -> Place:
+    return detail["loc"] + getattr(detail.get("ctx", {}).get("error"), "place", ())
 
 
-def _explain(
-    place: Path_, error: ValidationError, model: type[BaseModel] | None
-) -> Iterator[tuple[Path_, str]]:
-    known = list(model.model_fields) if model else []
-    for detail in error.errors(include_url=False):
-        at = (*place, *detail["loc"])
-        match detail["type"]:
-            case "extra_forbidden":
-                text = f"unknown field {detail['loc'][-1]!r}: {near(str(detail['loc'][-1]), known)}"
-            case "missing":
-                text = "this field is missing; add it"
-            case "value_error":
-                text = detail["msg"].removeprefix("Value error, ")
-            case _:
-                expected = detail["msg"].replace("Input should be ", "expected ").replace("tuple", "list")
-                text = f"{expected}, got {detail['input']!r}"
-        yield at, text
+def _inside(detail: ErrorDetails) -> Place:
+    """Where the first complaint is inside a plugin, which says in one text all that it complains of."""
+    cause = getattr(detail.get("ctx", {}).get("error"), "__cause__", None)
+    if not isinstance(cause, ValidationError):
+        return ()
+    first = cause.errors(include_url=False)[0]
+    return _place(first) + _inside(first)
 
 
-def _where(place: Path_, lines: dict[Path_, int]) -> str:
+def _where(place: Place, missing: bool, content: Any, lines: dict[Place, int]) -> tuple[str, int]:
+    """A place as people write it, and its line; steps that the file does not hold are left out.
+
+    Pydantic's places have more: the ``attack`` that a short entry stands for, the types of a union.
+    """
     name = ""
+    at: Place = ()
     for step in place:
-        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else str(step)
-    known = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-    return " ".join(filter(None, (name or "the file", f"(line {known})" if known else "")))
+        if isinstance(content, dict) and isinstance(step, int) and step < len(content):
+            step = list(content)[step]  # a mapping that is read as a list of its entries
+        holds = (
+            step in content
+            if isinstance(content, dict)
+            else isinstance(content, list) and step in range(len(content))
+        )
+        if holds:
+            content, at = content[step], (*at, step)
+        if holds or (missing and step == place[-1]):
+            name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else str(step)
+    line = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), 0)
+    return name or "the file", line
+
+
+def _fields(annotation: Any, place: Place) -> list[str]:
+    """Names of the fields of the model that a place leads to; none where it leads to something else."""
+    models = [
+        found for found in _flat(annotation) if isinstance(found, type) and issubclass(found, BaseModel)
+    ]
+    if not place:
+        return [field for model in models for field in model.model_fields]
+    if isinstance(place[0], int):
+        return _fields(annotation, place[1:])
+    fields = [model.model_fields[place[0]] for model in models if place[0] in model.model_fields]
+    return [name for field in fields for name in _fields(field.annotation, place[1:])]
+
+
+def _flat(annotation: Any) -> list[Any]:
+    return [annotation, *(inner for argument in get_args(annotation) for inner in _flat(argument))]

@@ -10,11 +10,22 @@ class DeepencError(Exception):
     """Root of all deepenc errors."""
 
 
-class ConfigError(DeepencError):
-    """A configuration or an argument that cannot be meant."""
+class ConfigError(DeepencError, ValueError):
+    """A configuration or an argument that is invalid.
+
+    It is a `ValueError`, as is `PluginError`, so that pydantic collects those that validators raise.
+
+    Args:
+        message: What was expected, what it got, and the remedy.
+        place: Where in what was validated, as fields and indices.
+    """
+
+    def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.place = place
 
 
-class PluginError(DeepencError):
+class PluginError(DeepencError, ValueError):
     """A plugin that cannot be found, loaded, or trusted to keep its interface."""
 
 
@@ -59,4 +70,4 @@ def near(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = "did you mean " + " or ".join(repr(m) for m in matches) + "? " if matches else ""
-    return hint + ("Known: " + ", ".join(known) if known else "None is registered")
+    return hint + ("Known: " + ", ".join(known) if known else "There is none")

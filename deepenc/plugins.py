@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import reprlib
 import sys
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from deepenc.errors import ConfigError, PluginError, near
+from deepenc.plainyaml import read
 
 GROUPS = {
     "attack": "deepenc.attacks",
@@ -127,6 +129,8 @@ def get(kind: str, name: str) -> Any:
     Raises:
         PluginError: No such plugin, or it does not import, or it is not what its entry point says.
     """
+    if not isinstance(name, str):
+        raise PluginError(f"expected the name of a {kind}, got {reprlib.repr(name)}")
     if (kind, name) in _loaded:
         return _loaded[kind, name]
     if name not in _declared(kind):
@@ -168,7 +172,7 @@ def build(kind: str, spec: Any) -> Any:
     try:
         return cls(**fields)
     except ValidationError as error:
-        raise ConfigError(f"{kind} {name!r}: {explain(error, list(cls.model_fields))}") from error
+        raise invalid(f"{kind} {name!r}", error, cls.model_fields) from error
 
 
 def parse(spec: Any) -> dict[str, Any]:
@@ -187,27 +191,62 @@ def parse(spec: Any) -> dict[str, Any]:
             if not separator:
                 raise ConfigError(f"expected name:field=value,... got {spec!r}")
             try:
-                fields[key.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"cannot read the value {value!r} in {spec!r}; quote it") from error
+                fields[key.strip()], _ = read(value)
+            except ConfigError as error:
+                shown = reprlib.repr(value)
+                raise ConfigError(f"cannot read the value {shown} of {key.strip()!r}: {error}") from error
         return fields
     if isinstance(spec, Mapping):
-        if "name" not in spec:
-            raise ConfigError(f"expected a mapping with a `name`, got the keys {sorted(spec)}")
-        return {**spec, "name": "null" if spec["name"] is None else spec["name"]}
+        called = "null" if "name" in spec and spec["name"] is None else spec.get("name")
+        if not isinstance(called, str) or not all(isinstance(key, str) for key in spec):
+            raise ConfigError(
+                f"expected a mapping of text with a `name` of text, got {reprlib.repr(dict(spec))}"
+            )
+        return {**spec, "name": called}
     raise ConfigError(f"expected a name or a mapping, got {type(spec).__name__}: {spec!r}")
 
 
-def explain(error: ValidationError, known: list[str]) -> str:
+def invalid(blame: str, error: ValidationError, known: Iterable[str]) -> ConfigError | PluginError:
+    """What to raise for a pydantic error: a `PluginError` where all it complains of are plugins.
+
+    Args:
+        blame: What was validated.
+        error: The error.
+        known: Names of its fields.
+    """
+    causes = [detail.get("ctx", {}).get("error") for detail in error.errors(include_url=False)]
+    kind = PluginError if all(isinstance(cause, PluginError) for cause in causes) else ConfigError
+    return kind(f"{blame}: {explain(error, known)}")
+
+
+def explain(error: ValidationError, known: Iterable[str]) -> str:
     """A pydantic error in one line: which field, what was wrong, which name may have been meant."""
     parts = []
     for detail in error.errors(include_url=False):
-        where = ".".join(str(step) for step in detail["loc"]) or "it"
-        if detail["type"] == "extra_forbidden":
-            parts.append(f"unknown parameter {where!r}: {near(str(detail['loc'][-1]), known)}")
-        else:
-            parts.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
+        where = ".".join(str(step) for step in detail["loc"])
+        said = complaint(detail, known, "parameter")
+        parts.append(said if not where or detail["type"] == "extra_forbidden" else f"{where}: {said}")
     return "; ".join(parts)
+
+
+def complaint(detail: ErrorDetails, known: Iterable[str], what: str) -> str:
+    """One of pydantic's complaints in words.
+
+    Args:
+        detail: The complaint.
+        known: Names of the fields beside the one it is about.
+        what: How a field is called.
+    """
+    match detail["type"]:
+        case "extra_forbidden":
+            name = str(detail["loc"][-1])
+            return f"unknown {what} {name!r}: {near(name, known)}"
+        case "missing":
+            return f"this {what} is missing; add it"
+        case "value_error" | "assertion_error":
+            return detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    expected = detail["msg"].replace("Input should be ", "expected ").replace("tuple", "list")
+    return f"{expected}, got {reprlib.repr(detail['input'])}"
 
 
 def register(cls: type[Plugin], source: str) -> None:

@@ -16,26 +16,27 @@ ROOT = Path(__file__).parents[1]
 MOST = 12
 """Modules in a folder of the core, beside its ``__init__.py``."""
 
+# What every room may import; none of these imports a room.
+GROUND = {f"deepenc.{name}" for name in ("errors", "files", "plainyaml", "plugins", "seeds")}
+
 # Each room, and the rooms it may import besides itself.
-CORE = {
+CORE = {room: GROUND for room in GROUND} | {
     "deepenc.errors": set(),
     "deepenc.__main__": {"deepenc.cli"},
-    "deepenc.plugins": {"deepenc.errors"},
-    "deepenc.seeds": {"deepenc.errors"},
-    "deepenc.processes": {"deepenc.errors", "deepenc.plugins"},
-    "deepenc.network": {"deepenc.errors", "deepenc.plugins"},
-    "deepenc.analysis": {"deepenc.errors", "deepenc.network"},
-    "deepenc.encryption": {"deepenc.errors", "deepenc.plugins", "deepenc.network", "deepenc.analysis"},
-    "deepenc.victims": {"deepenc.errors", "deepenc.plugins", "deepenc.network", "deepenc.analysis"},
+    "deepenc.processes": GROUND,
+    "deepenc.network": GROUND,
+    "deepenc.analysis": {*GROUND, "deepenc.network"},
+    "deepenc.encryption": {*GROUND, "deepenc.network", "deepenc.analysis"},
+    "deepenc.victims": {*GROUND, "deepenc.network", "deepenc.analysis"},
 }
 PLUGINS = {"defenses": {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}}
-CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes", "deepenc.seeds"}
+CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes"}
 CORE["deepenc.study"] = {*CORE["deepenc.arena"], "deepenc.arena"}
 CORE["deepenc.report"] = {*CORE["deepenc.study"], "deepenc.study"}
 CORE["deepenc.config"] = CORE["deepenc.report"]
 CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
 CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
-PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena", "deepenc.seeds"}
+PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena"}
 OURS = {"deepenc", "attacks", "defenses", "benchmarks", "tests"}
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from deepenc.config import load
 from deepenc.errors import ConfigError
+from deepenc.study.search import Search
 from deepenc.victims.data.cache import cache_folder
 
 GOOD = """\
@@ -71,12 +72,12 @@ def test_the_ready_experiments_load(name: str) -> None:
         (
             "paper-samp",
             "{name: x, placement: {name: proportional, proportion: -1}, weights: samp}",
-            ["defenses[1] (line 3)", "proportion", "got -1"],
+            ["defenses[1].placement (line 3)", "proportion: expected", "got -1"],
         ),
         (
             "paper-samp",
             "{name: x, placement: {name: proportional, proportion: .nan}, weights: samp}",
-            ["defenses[1] (line 3)", "proportion", "got nan"],
+            ["defenses[1].placement (line 3)", "proportion: expected", "got nan"],
         ),
         ("paper-samp", "{name: x, weights: samp}", ["defenses[1] (line 3)", "placement"]),
         ("name: small\n", "name: small\nname: large\n", ["line 2", "'name' is given twice"]),
@@ -90,6 +91,48 @@ def test_what_cannot_be_meant_is_told_with_its_place(
     message = complaint(tmp_path, GOOD.replace(old, new, 1))
     for part in said:
         assert part in message
+
+
+def test_a_complaint_about_a_plugin_has_the_line_of_its_parameter(tmp_path: Path) -> None:
+    longer = GOOD.replace(
+        "  - {name: collisions, label: equal}\n",
+        "  - name: chain\n    label: both\n    stages:\n      - influence\n"
+        "      - name: finetune\n        lr: -1\n",
+    )
+    message = complaint(tmp_path, longer)
+    assert "attacks[1] (line 11): attack 'chain'" in message and "got -1" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  weights:", "  wieghts:", ["space.wieghts (line 10)", "did you mean 'weights'"]),
+        (
+            "hardening.0.quantile",
+            "hardening.0.qantile",
+            ["space.hardening.0.qantile", "did you mean 'quantile'"],
+        ),
+        ("trials: 40", "trails: 40", ["trails (line 18)", "did you mean 'trials'"]),
+        ("trials: 40", "trials: 0\njudge: none", ["2 things", "trials (line 18)", "judge (line 19)"]),
+        ("lr: 0.01", "lr: fast", ["attacks[4] (line 28)", "finetune", "lr: expected", "'fast'"]),
+        ("[worst-advantage]", "[memory]", ["objectives (line 16)", "next to nothing"]),
+        ("base: paper-samp", "base: paper", ["base (line 6)", "did you mean 'paper-samp'"]),
+    ],
+)
+def test_a_search_is_told_of_as_an_experiment_is(tmp_path: Path, old: str, new: str, said: list[str]) -> None:
+    text = (Path(__file__).parents[1] / "configs" / "tune_digits.yaml").read_text(encoding="utf-8")
+    path = write(tmp_path, text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load(path, Search)
+    for part in said:
+        assert part in str(caught.value)
+    assert "Value error" not in str(caught.value) and " it:" not in str(caught.value)
+
+
+def test_a_configuration_of_the_other_command_is_known_as_such(tmp_path: Path) -> None:
+    assert "this is for `deepenc tune`" in complaint(tmp_path, "name: x\nspace: {}\nvictim: digits-resnet\n")
+    with pytest.raises(ConfigError, match="this is for `deepenc run`"):
+        load(write(tmp_path, GOOD), Search)
 
 
 def test_all_complaints_about_lists_come_at_once(tmp_path: Path) -> None:

@@ -142,8 +142,7 @@ def test_the_disguise_of_the_defenses_page_is_that_of_strong() -> None:
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_can_be_planned(config: Path) -> None:
     from deepenc.arena.plan import plan
-    from deepenc.config import load
-    from deepenc.study.search import load_search
+    from deepenc.config import load, load_search
 
     if config.name.startswith("tune_"):
         assert load_search(config).trials

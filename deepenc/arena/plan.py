@@ -15,7 +15,7 @@ from deepenc.arena.case import Attack
 from deepenc.arena.record import Record
 from deepenc.arena.threat import Budget, Threat
 from deepenc.encryption.defense import Defense
-from deepenc.errors import PluginError
+from deepenc.errors import ConfigError, PluginError
 from deepenc.plugins import code_version, get, names, parse, parts_of
 from deepenc.seeds import Roots, derive, number
 from deepenc.victims.victim import VictimSource
@@ -123,7 +123,8 @@ class Experiment(BaseModel):
         ):
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
-                raise ValueError(f"{what} {twice} are listed twice; give each its own name or label")
+                said = f"{', '.join(map(repr, twice))} listed twice; give each its own name or label"
+                raise ConfigError(said, (what,))
         threats, victims = {t.name for t in self.threats}, {v.label for v in self.victims}
         for entry in self.attacks:
             _all_known(entry, "threats", entry.threats, threats)
@@ -151,7 +152,9 @@ class Experiment(BaseModel):
 
 def _all_known(entry: Entry, what: str, named: tuple[str, ...] | None, known: set[str]) -> None:
     if strangers := sorted(set(named or ()) - known):
-        raise ValueError(f"attack {entry.label!r} names {what} {strangers}; known: {sorted(known)}")
+        raise ConfigError(
+            f"attack {entry.label!r} names {what} {strangers}; known: {sorted(known)}", ("attacks",)
+        )
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ def tune(
     Example: deepenc tune configs/tune_digits.yaml --workers 2
     """
     from deepenc.cli.progress import watch
+    from deepenc.config import load_search
     from deepenc.plugins import load_file
     from deepenc.study import tuning
     from deepenc.study.outcome import write
-    from deepenc.study.search import load_search
     from deepenc.victims.data.cache import cache_folder
 
     for path in plugin or ():

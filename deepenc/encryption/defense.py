@@ -12,11 +12,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
-from deepenc.errors import ConfigError, PluginError
+from deepenc.errors import PluginError
 from deepenc.network.arrangement import Arrangement
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
-from deepenc.plugins import Plugin, explain, get
+from deepenc.plugins import Plugin, get, invalid
 
 Allocation = dict[str, int]
 """Site name -> number of confusion channels, the paper's ΔC (Section 2.2)."""
@@ -278,7 +278,7 @@ class Defense(BaseModel):
         try:
             return cls.model_validate(spec)
         except ValidationError as error:
-            raise ConfigError(f"defense: {explain(error, list(cls.model_fields))}") from error
+            raise invalid("defense", error, cls.model_fields) from error
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepenc.arena.kit.space import Axis, Space, value_of, varied
 from deepenc.arena.plan import Entry, Experiment
@@ -17,7 +15,6 @@ from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.measure import Measure
 from deepenc.encryption.response.objective import Form
 from deepenc.errors import ConfigError, DeepencError
-from deepenc.plugins import explain
 from deepenc.victims.victim import VictimSource
 
 Objective = Literal["damage-per-memory", "gain", "worst-advantage", "damage", "memory", "detectability"]
@@ -91,64 +88,73 @@ class Search(BaseModel):
     @model_validator(mode="after")
     def _sound(self) -> Self:
         if not self.base.protects:
-            raise ValueError("base: expected a defense with a placement and weights, got one that has none")
+            raise ConfigError("expected a defense with a placement and weights, got one without", ("base",))
         if self.name in {"null", *(d.name for d in self.against)}:
-            raise ValueError(f"name: {self.name!r} is that of another defense; choose one of its own")
+            raise ConfigError(f"{self.name!r} is that of another defense; choose one of its own", ("name",))
         self._objectives_agree()
         self._space_fits()
         self.experiment(self.base)
-        for entry in self.attacks:
+        for index, entry in enumerate(self.attacks):
             missing = [m for t in self.threats for p in entry.meets(t) for m in entry.attack.needs.missing(p)]
             if missing:
-                raise ValueError(
+                raise ConfigError(
                     f"attack {entry.label!r} needs what a threat model does not give: "
-                    f"{', '.join(dict.fromkeys(missing))}; give it, or name the attack's `threats`"
+                    f"{', '.join(dict.fromkeys(missing))}; give it, or name the attack's `threats`",
+                    ("attacks", index),
                 )
         return self
 
     def _objectives_agree(self) -> None:
+        place = ("objectives",)
         asked = set(self.objectives)
         aims = asked - {"memory", "detectability"}
         if len(asked) < len(self.objectives):
-            raise ValueError("objectives: one is listed twice")
+            raise ConfigError("one is listed twice", place)
         if not aims:
-            raise ValueError(
-                f"objectives: {sorted(asked)} is reached by inserting next to nothing; add damage or "
-                "worst-advantage"
+            raise ConfigError(
+                f"{', '.join(sorted(asked))} is reached by inserting next to nothing; add damage or "
+                "worst-advantage",
+                place,
             )
         if (ratios := asked & {"damage-per-memory", "gain"}) and (
             rivals := asked & {"damage", "memory"} or ratios - {min(ratios)}
         ):
-            raise ValueError(
-                f"objectives: {min(ratios)} weighs damage against memory already, which contradicts "
-                f"{min(rivals)} beside it; list one or the other"
+            raise ConfigError(
+                f"{min(ratios)} weighs damage against memory already, which contradicts {min(rivals)} beside "
+                "it; list one or the other",
+                place,
             )
         if aims & {"damage", "worst-advantage"} and self.memory is None and "memory" not in asked:
-            raise ValueError(
-                f"objectives: {min(aims)} alone asks for all the memory there is; give a bound, as in "
-                "`memory: 0.05`, or list memory as an objective, too"
+            raise ConfigError(
+                f"{min(aims)} alone asks for all the memory there is; give a bound, as in `memory: 0.05`, or "
+                "list memory as an objective, too",
+                place,
             )
         if "gain" in asked and self.lam is None:
-            raise ValueError("the objective gain needs `lam`, its price of memory")
+            raise ConfigError("the objective gain needs `lam`, its price of memory", place)
         theirs = type(self).model_fields
         for field in () if "gain" in asked else ("lam", "measure", "form"):
             if getattr(self, field) != theirs[field].default:
-                raise ValueError(f"{field} is for the objective gain, which is not asked for; leave it out")
+                raise ConfigError(
+                    f"{field} is for the objective gain, which is not asked for; leave it out", (field,)
+                )
         if asked & {"worst-advantage", "detectability"} and all(e.attack.reference for e in self.attacks):
-            raise ValueError("objectives: worst-advantage and detectability need attacks; list some")
+            raise ConfigError("worst-advantage and detectability need attacks; list some", place)
 
     def _space_fits(self) -> None:
         fields = [axis.field for axis in self.space]
-        if twice := sorted({field for field in fields if fields.count(field) > 1}):
-            raise ValueError(f"space: {twice} are listed twice")
-        if "name" in fields:
-            raise ValueError("space: the name of a defense changes nothing; leave it out")
         holders = [self.base, *self._whole()]
-        for axis in self.space:
+        for index, axis in enumerate(self.space):
+            place = ("space", index)
+            if axis.field in fields[:index]:
+                raise ConfigError(f"{axis.field!r} is listed twice", place)
+            if axis.field == "name":
+                raise ConfigError("the name of a defense changes nothing; leave it out", place)
             for value in axis.ends():
                 complaints = [said for holder in holders if (said := _refusal(holder, axis.field, value))]
                 if len(complaints) == len(holders):
-                    raise ValueError(f"space: {complaints[0]}")
+                    hint = next((said for said in complaints if "did you mean" in said), complaints[0])
+                    raise ConfigError(hint, place)
 
     def _whole(self) -> list[Defense]:
         """The base with each whole plugin of the space in its place, one at a time."""
@@ -223,24 +229,6 @@ class Search(BaseModel):
         whole = own | {field: getattr(self, field) for field in sorted(rest)}
         plain: dict[str, Any] = json.loads(json.dumps(whole))
         return plain
-
-
-def load_search(path: str | Path) -> Search:
-    """Read a search from a YAML file with the fields of `Search`.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML, or cannot be meant.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the search {path}: {error}; give the path of a YAML file") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected fields such as {sorted(Search.model_fields)}")
-    try:
-        return Search.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, list(Search.model_fields))}") from error
 
 
 def _split(field: str) -> tuple[str, str | None]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from deepenc.errors import near
 from deepenc.plugins import Plugin, explain
 
 P = TypeVar("P", bound=Plugin)
@@ -101,13 +102,20 @@ def value_of(whole: Any, path: str) -> Any:
         ValueError: There is none.
     """
     for step in path.split("."):
-        try:
-            whole = whole[int(step)] if isinstance(whole, tuple) else getattr(whole, step)
-        except (ValueError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{path!r} names no parameter: {type(whole).__name__} has no {step!r}"
-            ) from error
+        parts = _parts(whole)
+        if step not in parts:
+            hint = f": {near(step, parts)}" if parts else ""
+            raise ValueError(f"{path!r} names no parameter: {type(whole).__name__} has no {step!r}{hint}")
+        whole = parts[step]
     return whole
+
+
+def _parts(whole: Any) -> dict[str, Any]:
+    if isinstance(whole, tuple):
+        return {str(index): part for index, part in enumerate(whole)}
+    if isinstance(whole, BaseModel):
+        return {field: getattr(whole, field) for field in type(whole).model_fields}
+    return {}
 
 
 def varied(plugin: P, values: Mapping[str, Any]) -> P:
@@ -136,5 +144,5 @@ def _with(whole: Any, path: list[str], value: Any) -> Any:
     if isinstance(whole, tuple):
         at = int(step)
         return (*whole[:at], _with(whole[at], rest, value), *whole[at + 1 :])
-    fields = {name: getattr(whole, name) for name in type(whole).model_fields}
+    fields = _parts(whole)
     return type(whole)(**fields | {step: _with(fields[step], rest, value)})
