@@ -79,7 +79,12 @@ def _complaints(
         known = _fields(model, detail["loc"][:-1])
         name, _ = _where(place, detail["type"] == "missing", content, lines)
         _, line = _where(place + _inside(detail), False, content, lines)
-        yield line, f"{name} (line {line})" if line else name, complaint(detail, known, "field")
+        text = complaint(detail, known, "field")
+        yield line, f"{_cut(name, 200)} (line {line})" if line else _cut(name, 200), _cut(text, 1000)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} …"
 
 
 def _place(detail: ErrorDetails) -> Place:
