@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from deepenc.errors import VictimError
 from deepenc.network.factory import Factory
-from deepenc.victims.data.cifar import DAMAGED, normalised, read_images
+from deepenc.victims.data.cifar import normalised, read_images
 from deepenc.victims.data.datasets import data_folder
 from deepenc.victims.data.splits import digests, fingerprint, split
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.weights import load_into
 
 DEFENDER = 5000
 ATTACKER_SHARE = 0.4
@@ -131,10 +132,9 @@ def load_weights(root: Path, depth: int) -> CifarResNet:
     with torch.random.fork_rng(devices=[]):  # its initialisation is overwritten; nobody's numbers for it
         model = CifarResNet(depth)
     try:
-        stored = torch.load(found[0], map_location="cpu", weights_only=True)["state_dict"]
-        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in stored.items()})
-    except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
+        load_into(model, found[0], f"ResNet-{depth}")
+    except VictimError as error:
         raise VictimError(
-            f"{found[0]} does not hold the weights of ResNet-{depth} ({error}); get the file anew"
+            f"{found[0].name} does not hold the weights of ResNet-{depth}: {error}; get the file again"
         ) from error
     return model.eval()

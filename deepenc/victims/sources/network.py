@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from deepenc.errors import VictimError
 from deepenc.network.factory import Factory, without_origin
-from deepenc.victims.sources.torchvision import read_state
 from deepenc.victims.victim import Victim, VictimSource
+from deepenc.victims.weights import load_into
 
 TOKENS = 16
 """Tokens of an example text."""
@@ -75,7 +75,7 @@ class Network(VictimSource):
         factory = self.structure()
         network = factory.build(allow=(factory.name,))
         if self.weights != "none":
-            _load(network, Path(self.weights), str(factory))
+            load_into(network, Path(self.weights), str(factory))
         generator = torch.Generator().manual_seed(0)
         if self.example is None:
             return network, _usual(factory, network, generator)
@@ -93,23 +93,6 @@ class Network(VictimSource):
             f"victim {self.name!r} ({self.factory}) has no images, so that no attack can be judged on it; it "
             "is for `deepenc inspect`, `encrypt` and `decrypt`. Take the victim 'torchvision' with `folder`"
         )
-
-
-def _load(network: nn.Module, path: Path, factory: str) -> None:
-    """Read weights into a network; of tied tensors a file may have one."""
-    state = read_state(path)
-    own = network.state_dict()
-    got = {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
-    filled = {own[name].data_ptr() for name in own.keys() & got.keys()}
-    wrong = [name for name in own if name not in got and own[name].data_ptr() not in filled]
-    made = dict(network.named_buffers())  # some libraries kept buffers in files that they now make anew
-    wrong += [n for n, shape in got.items() if n not in made and (n not in own or own[n].shape != shape)]
-    if wrong:
-        raise VictimError(
-            f"{path} does not fit {factory}: {len(wrong)} tensors differ, first {sorted(wrong)[:3]}; give "
-            "the weights of that network, and its arguments (`config`, or `arguments` of the factory)"
-        )
-    network.load_state_dict(state, strict=False)
 
 
 def _usual(factory: Factory, network: nn.Module, generator: torch.Generator) -> Any:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.datasets import ImageFolder
 
 from deepenc.errors import VictimError, near
+from deepenc.network.calling import first_line
 from deepenc.network.factory import Factory
-from deepenc.victims.data.splits import fingerprint, split
+from deepenc.victims.data.images import class_folders, content, opened
+from deepenc.victims.data.splits import digests, fingerprint, split
 from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.weights import load_into
 
 Transform = Callable[[Any], Tensor]
 
@@ -113,13 +112,13 @@ class Torchvision(VictimSource):
             network: nn.Module = models.get_model(self.model, weights=None, num_classes=self.classes)
         if self.weights != "none":
             path = Path(self.weights)
-            if not path.is_file():
+            if not (path.exists() or path.is_symlink()):
                 known = [*models.get_model_weights(self.model).__members__, "none"]
                 raise VictimError(
                     f"{self.weights!r} is neither a file nor weights of {self.model}: "
                     f"{near(self.weights, known)}"
                 )
-            network.load_state_dict(_read_fitting(path, network, self.model))
+            load_into(network, path, self.model)
         return network.eval()
 
     def _downloaded(self, cache: Path) -> nn.Module:
@@ -138,57 +137,73 @@ class Torchvision(VictimSource):
                 check_hash=True,
                 weights_only=True,
             )
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # no connection, no room, or a damaged file in the cache
             raise VictimError(
-                f"cannot get the weights of {self.model} from {official.url} ({error}); download the file "
-                "elsewhere and give its path as `weights`, or remove a damaged one from the cache"
+                f"cannot get the weights of {self.model} from {official.url} ({first_line(error)}); download "
+                "the file elsewhere and give its path as `weights`, or remove a damaged one from the cache"
             ) from error
         network: nn.Module = models.get_model(self.model, weights=None)
         network.load_state_dict(state)
         return network.eval()
 
     def _images(self, folder: Path, sizes: Sequence[int], seen: set[bytes]) -> list[Images]:
-        """Parts of a folder's images, without those whose files were seen; adds to them."""
-        try:
-            data = ImageFolder(str(folder))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise VictimError(f"no folder with one folder of images a class: {error}") from error
-        classes = self._classes_of(data, folder)
-        samples = _drawn([Path(path) for path, _ in data.samples], folder, sum(sizes), seen)
+        """Parts of a folder's images, without those that were seen; adds to them."""
+        found = class_folders(folder)
+        classes = self._classes_of(list(found), folder)
+        paths = [path for images in found.values() for path in images]
         transform = self._transform()
+        drawn = _drawn(paths, folder, sum(sizes), seen, lambda path: transform(opened(path)))
         parts = []
-        for part in split([content for content, _ in samples], sizes):
-            chosen = [samples[i][1] for i in part]
-            labels = [classes[path.relative_to(folder).parts[0]] for path in chosen]
-            parts.append(Images(_stacked(data, chosen, transform), torch.tensor(labels, dtype=torch.int64)))
+        for part in split([image.content for image in drawn], sizes):
+            chosen = [drawn[i] for i in part]
+            labels = [classes[image.path.relative_to(folder).parts[0]] for image in chosen]
+            inputs = torch.stack([image.inputs for image in chosen])
+            parts.append(Images(inputs, torch.tensor(labels, dtype=torch.int64)))
         return parts
 
-    def _classes_of(self, data: ImageFolder, folder: Path) -> Mapping[str, int]:
+    def _classes_of(self, names: Sequence[str], folder: Path) -> Mapping[str, int]:
         """Class number of every class folder: by the classes' names where they are told, else by order."""
         categories = list(self._official().meta["categories"])
-        if self.classes == len(categories) and set(data.classes) <= set(categories):
-            return {name: categories.index(name) for name in data.classes}
-        if len(data.classes) != self.classes:
+        if self.classes == len(categories) and set(names) <= set(categories):
+            return {name: categories.index(name) for name in names}
+        if len(names) != self.classes:
             raise VictimError(
-                f"{folder} has {len(data.classes)} class folders, the network {self.classes} classes; have a "
+                f"{folder} has {len(names)} class folders, the network {self.classes} classes; have a "
                 "folder for each class, in the order of their numbers, or name the folders by the classes "
                 "(for official weights: 'tench', 'goldfish', ...)"
             )
-        return dict(data.class_to_idx)
+        return {name: number for number, name in enumerate(names)}
 
 
-def _drawn(paths: Sequence[Path], folder: Path, count: int, seen: set[bytes]) -> list[tuple[bytes, Path]]:
-    """Files with different contents, not seen before, in an order that their names alone decide."""
-    found: list[tuple[bytes, Path]] = []
+class _Drawn(NamedTuple):
+    """An image that was drawn: its file, the file's hash, and what the network is given."""
+
+    content: bytes
+    path: Path
+    inputs: Tensor
+
+
+def _drawn(
+    paths: Sequence[Path], folder: Path, count: int, seen: set[bytes], read: Callable[[Path], Tensor]
+) -> list[_Drawn]:
+    """Images that differ, and were not seen before, in an order that their files' names alone decide."""
+    found: list[_Drawn] = []
     for path in sorted(
-        paths, key=lambda p: hashlib.sha256(p.relative_to(folder).as_posix().encode()).digest()
+        paths,
+        key=lambda p: hashlib.sha256(
+            p.relative_to(folder).as_posix().encode(errors="surrogateescape")
+        ).digest(),
     ):
         if len(found) == count:
             break
-        content = hashlib.sha256(path.read_bytes()).digest()
-        if content not in seen:
-            seen.add(content)
-            found.append((content, path))
+        file = content(path)
+        if file in seen:
+            continue
+        inputs = read(path)
+        (pixels,) = digests(inputs[None].numpy())  # the same image may be in files of two formats
+        if pixels not in seen:
+            found.append(_Drawn(file, path, inputs))
+        seen |= {file, pixels}
     if len(found) < count:
         raise VictimError(
             f"expected {count} different images in {folder}, got {len(found)}; lower `attacker_images`, "
@@ -197,48 +212,6 @@ def _drawn(paths: Sequence[Path], folder: Path, count: int, seen: set[bytes]) ->
     return found
 
 
-def _stacked(data: ImageFolder, paths: Sequence[Path], transform: Transform) -> Tensor:
-    rows = []
-    for path in paths:
-        try:
-            rows.append(transform(data.loader(str(path))))
-        except OSError as error:
-            raise VictimError(f"{path} is not a readable image ({error}); remove or replace it") from error
-    return torch.stack(rows)
-
-
 def _input_size(transform: Any) -> int:
     crop = getattr(transform, "crop_size", [224])
     return int(np.max(crop))
-
-
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """Read a state dict from a safetensors file or one of torch's; code in it is not run.
-
-    Raises:
-        VictimError: It is none.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise VictimError(f"{path} is not a file of weights: {error}") from error
-    if not isinstance(state, Mapping):
-        raise VictimError(
-            f"{path} is not a file of weights: expected a state dict, got {type(state).__name__}"
-        )
-    return state
-
-
-def _read_fitting(path: Path, network: nn.Module, model: str) -> Mapping[str, Tensor]:
-    state = read_state(path)
-    own = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    got = {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
-    if own != got:
-        wrong = sorted(name for name in {*own, *got} if own.get(name) != got.get(name))
-        raise VictimError(
-            f"{path} does not fit {model}: {len(wrong)} tensors differ, first {wrong[:3]}; give the weights "
-            "of that model, and its number of classes as `classes`"
-        )
-    return state
