@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from deepenc.errors import VictimError
+from deepenc.network.calling import first_line
 from deepenc.victims.data.datasets import DEVIATION, MEAN, Dataset, identity, order
 from deepenc.victims.data.splits import digests
 from deepenc.victims.victim import Images
 
 CLASSES = 100
-DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
-"""What the readers raise on files that are cut or altered."""
 LAYOUTS = {"CIFAR10": ("cifar10", "cifar-10-batches-py"), "CIFAR100": ("cifar100", "cifar-100-python")}
 """Folders of the data sets, by torchvision's name: of the arrays, and as they are published."""
 Raw = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -42,7 +39,7 @@ def cifar100(root: Path, cache: Path, classes: int | None = None) -> Dataset:
     if len(labels) and not 0 <= labels.min() <= labels.max() < CLASSES:
         raise VictimError(
             f"CIFAR-100 in {root}: expected labels in [0, {CLASSES}), got {labels.min()} to {labels.max()}; "
-            "get it anew"
+            "get it again"
         )
     count = CLASSES if classes is None else classes
     if count > CLASSES:
@@ -90,9 +87,12 @@ def read_images(root: Path, part: str, data: str = "CIFAR10") -> Raw:
                 f"no {called} in {root}: expected {archive} or {batches}; unpack "
                 f"{called.lower()}-python.tar.gz of cs.toronto.edu/~kriz/cifar.html there"
             )
-    except (*DAMAGED, KeyError) as error:
+    except VictimError:
+        raise
+    except Exception as error:  # numpy and zip raise whatever damaged bytes lead them to
         raise VictimError(
-            f"the {called} {part} images in {root} are damaged ({error}); get them anew"
+            f"the {called} {part} images in {root} are damaged ({type(error).__name__}: "
+            f"{first_line(error)}); get them again"
         ) from error
     if images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         raise VictimError(

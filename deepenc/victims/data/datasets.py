@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepenc.errors import VictimError
+from deepenc.victims.data.images import content, expect_file, opened
 from deepenc.victims.data.splits import Index
 from deepenc.victims.victim import Images
 
@@ -138,26 +139,37 @@ def aircraft(root: Path, cache: Path, classes: int | None = None) -> Dataset:
     Raises:
         VictimError: Files are missing, or do not agree with each other.
     """
+    from torchvision.datasets import FGVCAircraft
+
     folder = root / "fgvc-aircraft-2013b" / "data"
-    parts = {"images_variant_trainval.txt": True, "images_variant_test.txt": False}
+    parts = {"trainval": True, "test": False}
     _expect(
         "FGVC-Aircraft",
         folder,
-        ("variants.txt", *parts, "images"),
+        ("variants.txt", *(f"images_variant_{part}.txt" for part in parts), "images"),
         "unpack fgvc-aircraft-2013b.tar.gz of robots.ox.ac.uk/~vgg/data/fgvc-aircraft there",
     )
-    variants = {name: number for number, name in enumerate(_lines(folder / "variants.txt"))}
     entries = []
-    for name, train in parts.items():
-        for line in _lines(folder / name):
-            image, _, variant = line.partition(" ")
-            if variant not in variants:
-                raise VictimError(
-                    f"{folder / name}: image {image!r} is of the variant {variant!r}, which is not in "
-                    "variants.txt; get the listings anew"
-                )
-            entries.append(Entry(f"{image}.jpg", variants[variant], train))
-    return _prepared("FGVC-Aircraft", "aircraft", folder / "images", entries, cache, classes, len(variants))
+    for part, train in parts.items():
+        listing = folder / f"images_variant_{part}.txt"
+        for path in (folder / "variants.txt", listing):
+            expect_file(path, "a listing")
+        try:
+            listed = FGVCAircraft(str(root), split=part, loader=str)
+        except KeyError as error:
+            raise VictimError(
+                f"{listing}: an image is of the variant {error}, which is not in variants.txt; get the "
+                "listings again"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise VictimError(f"cannot read the listing {listing} ({error}); get it again") from error
+        entries += [
+            Entry(Path(path).name, label, train)
+            for path, label in map(listed.__getitem__, range(len(listed)))
+        ]
+    return _prepared(
+        "FGVC-Aircraft", "aircraft", folder / "images", entries, cache, classes, len(listed.classes)
+    )
 
 
 def order(ids: Sequence[bytes], train: Sequence[bool]) -> tuple[Index, Index]:
@@ -258,14 +270,15 @@ def _prepared(
         classes, entries = wanted, [entry for entry in entries if entry.label < wanted]
     for part, kind in (("train on", True), ("test on", False)):
         if not any(entry.train == kind for entry in entries):
-            raise VictimError(f"{name} in {folder} lists no images to {part}; get its listings anew")
-    key = _key(name, folder, entries)
-    ids = mapped(cache / f"{short}-{key}-ids.npy", (len(entries), 32), np.uint8, _hasher(folder, entries))
-    contents = [row.tobytes() for row in ids]
+            raise VictimError(f"{name} in {folder} lists no images to {part}; get its listings again")
+    contents = [content(folder / entry.path) for entry in entries]
     train, test = order(contents, [entry.train for entry in entries])
     if not len(test):
-        raise VictimError(f"every test image of {name} in {folder} is a training image too; get it anew")
+        raise VictimError(f"every test image of {name} in {folder} is a training image too; get it again")
     chosen = [entries[i] for i in (*train, *test)]
+    # By what the files hold, so that a changed image is decoded again.
+    told = [PREPARED, *(contents[i].hex() for i in (*train, *test))]
+    key = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
     shape = (len(chosen), 3, CROP, CROP)
     pixels = mapped(cache / f"{short}-{key}.npy", shape, np.float32, _decoder(folder, chosen))
     inputs = torch.from_numpy(pixels)
@@ -282,32 +295,6 @@ def _prepared(
     )
 
 
-def _key(name: str, folder: Path, entries: Sequence[Entry]) -> str:
-    """Tells listings apart, by the files' names and sizes."""
-    total = hashlib.sha256(f"{name}\n{PREPARED}\n".encode())
-    for entry in entries:
-        path = folder / entry.path
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise VictimError(
-                f"{name} lists {entry.path!r}, but {path} is missing ({error.strerror}); unpack it anew"
-            ) from error
-        total.update(f"{entry.path}\n{size} {entry.train}\n".encode())
-    return total.hexdigest()[:16]
-
-
-def _hasher(folder: Path, entries: Sequence[Entry]) -> Callable[[int], NDArray[np.uint8]]:
-    def content(row: int) -> NDArray[np.uint8]:
-        path = folder / entries[row].path
-        try:
-            return np.frombuffer(hashlib.sha256(path.read_bytes()).digest(), dtype=np.uint8)
-        except OSError as error:
-            raise VictimError(f"cannot read {path} ({error.strerror}); unpack the images anew") from error
-
-    return content
-
-
 def _decoder(folder: Path, entries: Sequence[Entry]) -> Callable[[int], NDArray[np.float32]]:
     from torchvision import transforms
 
@@ -321,12 +308,7 @@ def _decoder(folder: Path, entries: Sequence[Entry]) -> Callable[[int], NDArray[
     )
 
     def decoded(row: int) -> NDArray[np.float32]:
-        path = folder / entries[row].path
-        try:
-            with Image.open(path) as image:
-                pixels: NDArray[np.float32] = prepare(image.convert("RGB")).numpy()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise VictimError(f"{path} is not a readable image ({error}); get it anew") from error
+        pixels: NDArray[np.float32] = prepare(opened(folder / entries[row].path)).numpy()
         return pixels
 
     return decoded
@@ -338,10 +320,11 @@ def _expect(name: str, folder: Path, parts: Sequence[str], remedy: str) -> None:
 
 
 def _lines(path: Path) -> list[str]:
+    expect_file(path, "a listing")
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise VictimError(f"cannot read the listing {path} ({error}); get it anew") from error
+        raise VictimError(f"cannot read the listing {path} ({error}); get it again") from error
 
 
 def _numbered(path: Path, images: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -355,7 +338,7 @@ def _numbered(path: Path, images: Mapping[str, str] | None = None) -> dict[str, 
     if images is not None and (odd := sorted(images.keys() ^ found.keys())):
         raise VictimError(
             f"{path} and images.txt are not of the same images: {len(odd)} are in one only, first "
-            f"{odd[:3]}; get the listings anew"
+            f"{odd[:3]}; get the listings again"
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -206,6 +207,18 @@ def test_a_changed_image_or_label_is_another_data_set(root, cache, made):
     prints.add(dataset.fingerprint)
     assert len(prints) == 3
     assert close_to(found(dataset), plain(first)) == (1, "train")
+
+
+def test_an_image_that_is_replaced_by_one_of_the_same_size_is_decoded_again(root, cache):
+    (path,) = (root / "CUB_200_2011" / "images").glob("*/*_0003_99.jpg")
+    before, size, times = cub(root, cache), path.stat().st_size, path.stat()
+    picture(98).resize((8, 8)).save(path)
+    assert path.stat().st_size < size
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = cub(root, cache)
+    assert path.stat().st_size == size and after.fingerprint != before.fingerprint
+    assert close_to(found(after), plain(path)) == (2, "train")
 
 
 def test_test_images_that_are_training_images_too_are_left_out(root, tmp_path):

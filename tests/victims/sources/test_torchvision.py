@@ -72,6 +72,28 @@ def test_labels_are_those_of_the_folders(folder, tmp_path):
     assert [truth[content] for content in found] == victim.judge.labels.tolist()
 
 
+def test_labels_of_numbered_folders_are_their_numbers(tmp_path):
+    for number in range(12):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+        for shade in range(2):
+            Image.new("RGB", (40, 40), (20 * number + shade,) * 3).save(
+                tmp_path / "images" / str(number) / f"{shade}.png"
+            )
+    sizes = {"defender_images": 8, "attacker_images": 8, "judge_images": 8}
+    victim = source(tmp_path / "images", classes=12, **sizes).load(tmp_path)
+    for part in (victim.defender, victim.attacker, victim.judge):
+        shades = (part.inputs[:, 0, 112, 112] * 0.229 + 0.485) * 255
+        assert ((shades + 0.5) // 20).long().tolist() == part.labels.tolist()
+
+
+def test_the_same_image_in_files_of_two_formats_is_one(tmp_path):
+    images = fill(tmp_path / "images", ["ant", "bee", "cow"], 5, 0)
+    for path in list(images.glob("*/*.png")):
+        Image.open(path).save(path.with_suffix(".bmp"))
+    parts = contents(source(images).load(tmp_path))
+    assert sum(map(len, parts)) == 14 and len(set.union(*parts)) == 14
+
+
 def test_images_of_the_defenders_folder_are_nobody_elses(folder, tmp_path):
     own = fill(tmp_path / "own", ["ant", "bee", "cow"], 1, 5)
     for name in ("ant", "bee", "cow"):  # the same content again, under another name
