@@ -93,6 +93,9 @@ def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name not in used
     ]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    unfollowed = channels.unfollowed().items()
+    left_out += [LeftOut(name, shapes[name][0], why) for name, why in unfollowed if name in shapes]
     proved, refuted = prove(model, example, candidates)
     for site, reason in [
         *((site, "it belongs to a residual stream (pass streams=True)") for site in unwanted),

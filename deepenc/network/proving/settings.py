@@ -58,14 +58,18 @@ def _complete(
     runs: list[Arguments],
     recipes: dict[type, list[Settings]],
 ) -> Site | str:
-    if len(runs) != 1:
-        return f"{home or 'the network'} runs {len(runs)} times, not once; its heads are left as they are"
-    module, run = model.get_submodule(home), runs[0]
+    if not runs:
+        return f"{home or 'the network'} is not called itself; its heads are left as they are"
+    module = model.get_submodule(home)
     inner = replace(site, slots=tuple(replace(s, tensor=_inside(home, s.tensor)) for s in site.slots))
-    expected = Expected.of(module, run)
+    expected = [Expected.of(module, run) for run in runs]
 
     def refused(settings: Settings) -> str | None:
-        return probe(module, run, [replace(inner, settings=settings)], {site.name: 1}, expected)
+        widened = [replace(inner, settings=settings)]
+        tried = (
+            probe(module, run, widened, {site.name: 1}, of) for run, of in zip(runs, expected, strict=True)
+        )
+        return next((reason for reason in tried if reason is not None), None)
 
     known = recipes.setdefault(type(module), [])
     for settings in known:

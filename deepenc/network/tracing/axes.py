@@ -8,6 +8,7 @@ worth telling (batch, space, the network's own inputs). Negative labels stand fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from deepenc.network.sites import Role
 
 Labels = NDArray[np.int64]
 Axis = Labels | None
+UNFOLLOWED = "is not followed"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,51 @@ class Channels:
         """Channels along a dimension, ``(size,)``."""
         return self.channel[owner.first : owner.first + owner.size]
 
+    def unfollowed(self) -> dict[str, str]:
+        """Tensors that went no further than an operator without a rule, and which that was."""
+        known = {tensor for tensor, _ in self.roles}
+        reasons: dict[str, str] = {}
+        for owner in self.owners:
+            for channel in self.of(owner) if owner.tensor not in known else ():
+                if UNFOLLOWED in (reason := self.reason.get(int(channel), "")):
+                    reasons.setdefault(owner.tensor, reason)
+        return reasons
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """One dimension seen as several; see `Axes.grid`."""
+
+    labels: Labels
+    parts: tuple[Axis, ...]
+    reason: str
+
+    def members(self) -> Labels:
+        """All labels of it and of its parts."""
+        every = np.concatenate([self.labels.ravel(), *(part for part in self.parts if part is not None)])
+        return every[every >= 0]
+
+    def last(self) -> int:
+        """The last part that has labels."""
+        return max(dim for dim, part in enumerate(self.parts) if part is not None)
+
+    def open(
+        self, channel: NDArray[np.int32], fixed: NDArray[np.bool_], bound: NDArray[np.bool_]
+    ) -> list[int]:
+        """The parts that may carry the channels, the best last.
+
+        Args:
+            channel: Channel of each label.
+            fixed: Whether a channel is fixed.
+            bound: Whether a channel has others than loose labels.
+        """
+        found = []
+        for dim, part in enumerate(self.parts):
+            along = channel[part[part >= 0]] if part is not None else np.empty(0, np.int32)
+            if not fixed[along].all():
+                found.append((bool(bound[along].any()), dim))
+        return [dim for _, dim in sorted(found)]
+
 
 class Axes:
     """Hands out labels and collects what is tied and what is fixed."""
@@ -69,10 +116,22 @@ class Axes:
         self._fixes: list[tuple[Labels, str]] = []
         self._contracted: list[Labels] = []
         self._rigid: list[str] = []
+        self._grids: list[_Grid] = []
+        self._loose: list[Labels] = []
 
     def own(self, tensor: str, dim: int, size: int) -> Labels:
         """Labels for a dimension of a parameter."""
         self.owners.append(Owner(tensor, dim, self._count, size))
+        return self.fresh(size)
+
+    def loose(self, size: int) -> Labels:
+        """Labels of equal entries of no parameter, which follow any width that they meet."""
+        labels = self.fresh(size)
+        self._loose.append(labels)
+        return labels
+
+    def fresh(self, size: int) -> Labels:
+        """Labels of no parameter, to be tied to others."""
         self._count += size
         return np.arange(self._count - size, self._count)
 
@@ -116,16 +175,38 @@ class Axes:
             self._contracted.append(axis[axis >= 0])
 
     def role(self, axis: Axis, role: Role) -> None:
-        """Say what a parameter's entries are to their channels; the first word counts."""
-        if axis is None:
+        """Say what a parameter's entries are to their channels; the first word counts.
+
+        What carries a silent channel on is zero. Entries that besides do something else, as those of an
+        embedding that is tied to the head, would have to be both, and are fixed.
+        """
+        if axis is None or not self.owners:
             return
         starts = np.array([owner.first for owner in self.owners])
-        for index in np.unique(np.searchsorted(starts, axis[axis >= 0], side="right") - 1):
+        places = np.searchsorted(starts, axis, side="right") - 1
+        for index in np.unique(places[axis >= 0]):
             owner = self.owners[int(index)]
-            self.roles.setdefault((owner.tensor, owner.dim), role)
+            own = axis[(places == index) & (axis < owner.first + owner.size)]  # the others are loose
+            if len(own):
+                first = self.roles.setdefault((owner.tensor, owner.dim), role)
+                if (first is Role.OUTGOING) is not (role is Role.OUTGOING):
+                    self.fix(own, f"{owner.tensor} serves as {first} and as {role} weights of it")
+
+    def grid(self, labels: Labels, parts: Sequence[Axis], reason: str) -> None:
+        """Say that one dimension is seen as several, of which one carries its channels.
+
+        Which one it is, only later operators tell, by what they fix; `solve` decides.
+
+        Args:
+            labels: Labels of the one dimension, in the shape of the several.
+            parts: Axes of the several, outermost first; None for those that carry none.
+            reason: Why the others cannot be widened.
+        """
+        self._grids.append(_Grid(labels, tuple(parts), reason))
 
     def solve(self) -> Channels:
         """Turn ties into channels."""
+        self._decide()
         inner = self._components(self._ties)
         channel = self._components(self._ties + self._additions)
         reason: dict[int, str] = {}
@@ -138,6 +219,42 @@ class Axes:
             for several in (streams, self._contracted)
         )
         return Channels(channel, tuple(self.owners), self.roles, reason, stream, contracted)
+
+    def _decide(self) -> None:
+        """Choose the part of each grid that carries the channels: the last that is open, loose ones last.
+
+        A choice fixes the other parts, which decides for grids that share them; so those that have one open
+        part left go first, and of the others, those that share nothing, together.
+        """
+        pending = self._grids
+        loose = np.zeros(self._count, bool)
+        for labels in self._loose:
+            loose[labels] = True
+        while pending:
+            channel = self._components(self._ties + self._additions)
+            fixed, bound, touched = (np.zeros(self._count, bool) for _ in range(3))
+            bound[channel[~loose]] = True
+            for labels, _ in self._fixes:
+                fixed[channel[labels]] = True
+            later: list[_Grid] = []
+            choices = [(grid, grid.open(channel, fixed, bound)) for grid in pending]
+            certain = any(len(parts) < 2 for _, parts in choices)
+            for grid, parts in choices:
+                near = channel[grid.members()]
+                if len(parts) > 1 and (certain or touched[near].any()):
+                    later.append(grid)
+                    continue
+                touched[near] = True
+                self._choose(grid, parts[-1] if parts else grid.last())
+            pending = later
+        self._grids = []
+
+    def _choose(self, grid: _Grid, wide: int) -> None:
+        for dim, part in enumerate(grid.parts):
+            if dim != wide:
+                self.fix(part, grid.reason)
+        along = np.moveaxis(grid.labels, wide, -1)
+        self.tie(along.ravel(), np.broadcast_to(_some(grid.parts[wide]), along.shape).ravel(), grid.reason)
 
     def _components(self, ties: list[tuple[Labels, Labels]]) -> NDArray[np.int32]:
         rows, columns = (
@@ -153,20 +270,17 @@ def merge(axes: Axes, parts: Sequence[tuple[Axis, int]], reason: str) -> Axis:
     Args:
         axes: Where what cannot be widened is noted.
         parts: Axis and size of each dimension, outermost first.
-        reason: Why two widenable dimensions cannot be flattened together.
+        reason: Why of two widenable dimensions only one stays so.
     """
-    merged: Axis = None
-    total = 1
-    for axis, size in parts:
-        if merged is not None and axis is not None:
-            axes.fix(merged, reason)
-            axes.fix(axis, reason)
-            merged = None
-        elif merged is not None:
-            merged = np.repeat(merged, size)
-        elif axis is not None:
-            merged = np.tile(axis, total)
-        total *= size
+    sizes = [size for _, size in parts]
+    wide = [dim for dim, (axis, _) in enumerate(parts) if axis is not None]
+    if not wide:
+        return None
+    if len(wide) == 1:
+        shape = [-1 if dim == wide[0] else 1 for dim in range(len(sizes))]
+        return np.broadcast_to(_some(parts[wide[0]][0]).reshape(shape), sizes).ravel()
+    merged = axes.fresh(math.prod(sizes))
+    axes.grid(merged.reshape(sizes), [axis for axis, _ in parts], reason)
     return merged
 
 
@@ -183,8 +297,8 @@ def fold(axes: Axes, axis: Axis, parts: int, reason: str) -> Axis:
 def split(axes: Axes, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
     """The axes of one dimension seen as several; the inverse of `merge` where there is one.
 
-    Only one of them can stay widenable. Where the labels do not say which, it is the last (the width of
-    attention heads, the channels of a group), and the entries along the others are tied.
+    Only one of them can stay widenable, and the entries along the others are tied. Where the labels do not
+    say which, all are open until `Axes.solve`.
 
     Args:
         axes: Where ties are noted.
@@ -202,7 +316,12 @@ def split(axes: Axes, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axi
         if (along == along[0]).all():
             result[dim] = along[0]
             return result
-    dim = wide[-1]
-    flat = np.moveaxis(grid, dim, -1).reshape(-1)
-    result[dim] = fold(axes, flat, len(flat) // sizes[dim], reason)
+    for dim in wide:
+        result[dim] = axes.fresh(sizes[dim])
+    axes.grid(grid, result, reason)
     return result
+
+
+def _some(axis: Axis) -> Labels:
+    assert axis is not None
+    return axis

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepenc.network.tracing.axes import Axes, Axis
@@ -16,7 +17,8 @@ class Value:
 
     Attributes:
         axes: One axis a dimension.
-        state: Whether it depends on parameters, buffers and constants only, not on the input.
+        state: Whether it depends on parameters, buffers and constants only, not on the input. A product of
+            two such is followed as what depends on the input is: it may be a query that was learned.
         scores: The channels over which activations were multiplied with one another to make it, as queries
             with keys; what attention then weighs by it belongs to the same heads.
     """
@@ -39,7 +41,10 @@ class Known:
         """Paths of the modules that run, the innermost last."""
         self.scores: Axis = None
         """Of the results of the operator at hand; a rule may change it."""
+        self.state = False
+        """Of the results of the operator at hand; a rule may change it."""
         self._names = names
+        self._written: dict[int, StorageWeakRef] = {}
         self._values = WeakTensorKeyDictionary()
 
     @property
@@ -59,11 +64,20 @@ class Known:
             else:
                 known = Value((None,) * tensor.dim(), True)
             self._values[tensor] = known
+        if known.state and self._written:
+            storage = self._written.get(tensor.untyped_storage()._cdata)
+            if storage is not None and not storage.expired():  # type: ignore[no-untyped-call]
+                return replace(known, state=False)
         return known
 
     def learn(self, tensor: Tensor, value: Value) -> None:
         """Note what is known of a tensor that an operator returned."""
         self._values[tensor] = value
+
+    def write(self, tensor: Tensor) -> None:
+        """Note that what depends on the input was written into a tensor; its views share it."""
+        storage = tensor.untyped_storage()
+        self._written[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def enter(self, tensor: Tensor) -> None:
         """Declare an input of the network."""

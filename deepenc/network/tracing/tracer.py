@@ -21,7 +21,7 @@ from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.tracing.admit import admit, tensors_in
 from deepenc.network.tracing.axes import Channels
 from deepenc.network.tracing.dry import DryRun
-from deepenc.network.tracing.known import Known, Value
+from deepenc.network.tracing.known import Known
 from deepenc.network.tracing.rules import apply
 
 
@@ -35,15 +35,12 @@ class Tracer(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its base 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.is_inference_mode_enabled() and op._can_decompose():
+            with self:  # outside of it, torch takes operators of several parts apart by itself
+                return op.decompose(*args, **(kwargs or {}))
         result = self.run(op, args, kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        given = [self._seen.value(tensor) for tensor in tensors]
-        self._seen.scores = next((value.scores for value in given if value.scores is not None), None)
-        values = apply(self._seen, op, args, kwargs or {}, outputs)
-        state = all(value.state for value in given)
-        for output, axes in zip(outputs, values, strict=True):
-            self._seen.learn(output, Value(axes, state, self._seen.scores))
+        apply(self._seen, op, args, kwargs or {}, outputs)
         return result
 
 

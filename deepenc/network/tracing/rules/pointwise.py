@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from deepenc.network.sites import Role
-from deepenc.network.tracing.axes import Axis
+from deepenc.network.tracing.axes import Axis, fold
 from deepenc.network.tracing.known import Known
-from deepenc.network.tracing.rules.registry import Result, rule
+from deepenc.network.tracing.rules.registry import Result, rule, rule_of_parts, same
 
 _ADDITIONS = {"add", "sub", "rsub"}
 
 
-def pointwise(known: Known, name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> Result:
+def pointwise(known: Known, name: str, args: Any, outputs: list[Tensor]) -> Result:
     """Broadcast all arguments; equal positions are the same channel."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     shape = outputs[0].shape
@@ -47,23 +47,45 @@ def _meet(known: Known, name: str, meeting: list[tuple[Axis, bool]]) -> Axis:
     return axis
 
 
-@rule("clone", "alias", "detach", "_to_copy", "lift_fresh", "native_dropout", "contiguous")
-@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "flip")
-@rule("_upsample_bilinear2d_aa", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d")
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d")
-@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "reflection_pad2d")
-@rule("replication_pad2d", "mkldnn_max_pool2d", "max_pool2d", "bernoulli", "fill", "zero")
-@rule("hardswish", "hardsigmoid", "mish", "log_sigmoid_forward")
-def _same(known: Known, outputs: list[Tensor], x: Tensor, *_: Any, **__: Any) -> Result:
-    return known.value(x).axes
+rule_of_parts("clone", "alias", "detach", "_to_copy", "lift_fresh", "native_dropout", "contiguous")(same)
+rule_of_parts("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")(same)
+rule_of_parts("bernoulli", "fill", "zero", "hardswish", "hardsigmoid", "mish", "log_sigmoid_forward")(same)
+rule_of_parts("rrelu_with_noise", "fake_quantize_per_tensor_affine_cachemask")(same)
 
 
-@rule("empty", "zeros", "ones", "full", "arange", "scalar_tensor", "linspace", "eye", "rand", "randn")
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided")
-def _fresh(known: Known, outputs: list[Tensor], *_: Any, **__: Any) -> Result:
+@rule("empty", "zeros", "ones", "full", "scalar_tensor", "empty_strided")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+def _equal(known: Known, outputs: list[Tensor], *_: Any, **__: Any) -> Result:
+    """All entries are equal, or are to be written yet: there may be as many as what they meet has."""
+    known.state = True
+    return tuple(known.axes.loose(size) if size > 1 else None for size in outputs[0].shape)
+
+
+@rule("arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices")
+def _counted(known: Known, outputs: list[Tensor], *_: Any, **__: Any) -> Result:
     return (None,) * outputs[0].dim()
 
 
 @rule("copy")
-def _copy(known: Known, outputs: list[Tensor], x: Tensor, source: Tensor, *_: Any) -> Result:
-    return pointwise(known, "copy", (x, source), outputs)
+def _copy(known: Known, outputs: list[Tensor], x: Tensor, src: Tensor, **_: Any) -> Result:
+    return pointwise(known, "copy", (x, src), outputs)
+
+
+@rule("_prelu_kernel")
+def _prelu(known: Known, outputs: list[Tensor], x: Tensor, weight: Tensor) -> Result:
+    return pointwise(known, "prelu", (x, weight), outputs)
+
+
+@rule_of_parts("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams")
+def _fake_quantize(
+    known: Known, outputs: list[Tensor], x: Tensor, scale: Tensor, zero_point: Tensor, **_: Any
+) -> list[Result]:
+    return [pointwise(known, "fake_quantize", (x, scale, zero_point), outputs)] * len(outputs)
+
+
+@rule("glu")
+def _glu(known: Known, outputs: list[Tensor], x: Tensor, dim: int = -1) -> Result:
+    """One half is multiplied by a gate that the other makes."""
+    axes = list(known.value(x).axes)
+    axes[dim] = fold(known.axes, axes[dim], 2, f"{known.where} cuts it into equal parts")
+    return tuple(axes)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from deepenc.network.tracing.axes import Axis
+from deepenc.network.tracing.axes import UNFOLLOWED, Axis
 from deepenc.network.tracing.known import Known
 
 Result = tuple[Axis, ...]
@@ -38,12 +38,17 @@ def rule_of_parts(*operators: str) -> Callable[[Several], Several]:
     return register
 
 
+def same(known: Known, outputs: list[Tensor], x: Tensor, **_: Any) -> list[Result]:
+    """Each entry stays where it is, or goes to the same place of every result."""
+    return [known.value(x).axes] * len(outputs)
+
+
 def unknown(known: Known, name: str, arguments: Any, outputs: list[Tensor]) -> Result:
     """Fix all axes of an operator's arguments: it is not known what it does to them."""
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, Tensor):
             for axis in known.value(leaf).axes:
-                known.axes.fix(axis, f"operator {name} in {known.where} is not followed")
+                known.axes.fix(axis, f"operator {name} in {known.where} {UNFOLLOWED}")
     return (None,) * outputs[0].dim()
 
 
@@ -53,4 +58,28 @@ def drop(known: Known, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
     for dim in dims:
         known.axes.fix(axes[dim], f"{known.where} {why}")
         axes[dim] = None
+    return axes
+
+
+def beside(known: Known, x: Tensor, dim: int, others: Sequence[Tensor], why: str) -> list[Axis]:
+    """The axes of a tensor that others go along with in all dimensions but one, where entries are picked.
+
+    Args:
+        known: What is known.
+        x: The tensor.
+        dim: The dimension where entries are picked.
+        others: Tensors with as many dimensions.
+        why: Why the picked entries cannot be widened.
+    """
+    axes = drop(known, x, [dim], why)
+    for other in others:
+        theirs = drop(known, other, [dim], why)
+        adds = not known.value(x).state and not known.value(other).state and other.is_floating_point()
+        for d, axis in enumerate(theirs):
+            if d != dim % x.dim() and x.shape[d] == other.shape[d]:
+                axes[d] = known.axes.tie(axes[d], axis, f"{known.where} {why}", addition=adds)
+            else:
+                known.axes.fix(axis, f"{known.where} {why}")
+                known.axes.fix(axes[d], f"{known.where} {why}")
+                axes[d] = None
     return axes

@@ -15,16 +15,17 @@ from deepenc.network.tracing.rules.registry import Result, drop, rule, rule_of_p
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")
-def _view(known: Known, outputs: list[Tensor], x: Tensor, *_: Any) -> Result:
-    """Match groups of dimensions with equal products, merge each, and split it anew."""
-    axes = known.value(x).axes
-    where = f"{known.where} rearranges it"
-    for axis, size in zip(axes, x.shape, strict=True):
-        if size == 1:
+def _view(known: Known, outputs: list[Tensor], x: Tensor, size: Any = None, **_: Any) -> Result:
+    """Match groups of dimensions with equal products, merge each, and split it again."""
+    axes, where = known.value(x).axes, f"{known.where} rearranges it"
+    if size is None or not x.numel():  # other bits of the same memory; nothing, in any shape
+        return unknown(known, "view", x, outputs)
+    for axis, length in zip(axes, x.shape, strict=True):
+        if length == 1:
             known.axes.fix(axis, where)
     # Dimensions of size 1 carry nothing; leave them out of the matching.
-    old = [(axis, size) for axis, size in zip(axes, x.shape, strict=True) if size != 1]
-    new = [size for size in outputs[0].shape if size != 1]
+    old = [(axis, length) for axis, length in zip(axes, x.shape, strict=True) if length != 1]
+    new = [length for length in outputs[0].shape if length != 1]
     found: list[Axis] = []
     while new:
         parts, sizes = [old.pop(0)], [new.pop(0)]
@@ -34,7 +35,34 @@ def _view(known: Known, outputs: list[Tensor], x: Tensor, *_: Any) -> Result:
             else:
                 sizes.append(new.pop(0))
         found += split(known.axes, merge(known.axes, parts, where), sizes, where)
-    return tuple(None if size == 1 else found.pop(0) for size in outputs[0].shape)
+    return tuple(None if length == 1 else found.pop(0) for length in outputs[0].shape)
+
+
+@rule("as_strided")
+def _as_strided(known: Known, outputs: list[Tensor], x: Tensor, **_: Any) -> Result:
+    """Dimensions in another order, and with others of size 1 among them, are known by their strides."""
+    made, axes = outputs[0], known.value(x).axes
+    theirs, ours = ({t.stride(d): d for d in range(t.dim()) if t.shape[d] > 1} for t in (x, made))
+    same = theirs.keys() == ours.keys() and all(x.shape[theirs[s]] == made.shape[ours[s]] for s in ours)
+    if not same or made.numel() != x.numel() or made.storage_offset() != x.storage_offset():
+        return unknown(known, "as_strided", x, outputs)
+    for axis, size in zip(axes, x.shape, strict=True):
+        if size == 1:
+            known.axes.fix(axis, f"{known.where} rearranges it")
+    result: list[Axis] = [None] * made.dim()
+    for stride, dim in ours.items():
+        result[dim] = axes[theirs[stride]]
+    return tuple(result)
+
+
+@rule("view_as_complex")
+def _view_as_complex(known: Known, outputs: list[Tensor], x: Tensor) -> Result:
+    return tuple(drop(known, x, [-1], "makes complex numbers of it")[:-1])
+
+
+@rule("view_as_real")
+def _view_as_real(known: Known, outputs: list[Tensor], x: Tensor) -> Result:
+    return (*known.value(x).axes, None)
 
 
 @rule("permute")
@@ -44,9 +72,10 @@ def _permute(known: Known, outputs: list[Tensor], x: Tensor, dims: Sequence[int]
 
 
 @rule("transpose", "swapaxes")
-def _transpose(known: Known, outputs: list[Tensor], x: Tensor, a: int, b: int) -> Result:
+def _transpose(known: Known, outputs: list[Tensor], x: Tensor, dim0: int, dim1: int) -> Result:
     axes = list(known.value(x).axes)
-    axes[a], axes[b] = axes[b], axes[a]
+    if axes:
+        axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
     return tuple(axes)
 
 
@@ -74,10 +103,11 @@ def _squeeze(
     return tuple(axis for d, axis in enumerate(axes) if d not in gone)
 
 
-@rule("expand", "repeat")
-def _expand(known: Known, outputs: list[Tensor], x: Tensor, *_: Any, **__: Any) -> Result:
+@rule("expand")
+def _expand(known: Known, outputs: list[Tensor], x: Tensor, **_: Any) -> Result:
+    """A dimension of copies has any width that it meets."""
     shape = outputs[0].shape
-    result: list[Axis] = [None] * len(shape)
+    result: list[Axis] = [known.axes.loose(size) if size > 1 else None for size in shape]
     for dim in range(-x.dim(), 0):
         axis = known.value(x).axes[dim]
         if shape[dim] == x.shape[dim]:
@@ -87,11 +117,23 @@ def _expand(known: Known, outputs: list[Tensor], x: Tensor, *_: Any, **__: Any) 
     return tuple(result)
 
 
-@rule("select")
-def _select(known: Known, outputs: list[Tensor], x: Tensor, dim: int, _: int) -> Result:
-    axes = drop(known, x, [dim], "picks single entries of it")
-    del axes[dim]
-    return tuple(axes)
+@rule("repeat")
+def _repeat(known: Known, outputs: list[Tensor], x: Tensor, repeats: Sequence[int]) -> Result:
+    """All entries of a dimension, then all of them again."""
+    shape = outputs[0].shape
+    result: list[Axis] = [known.axes.loose(size) if size > 1 else None for size in shape]
+    for dim in range(-x.dim(), 0):
+        axis = known.value(x).axes[dim]
+        if x.shape[dim] > 1 or repeats[dim] == 1:
+            result[dim] = None if axis is None else np.tile(axis, repeats[dim])
+        else:
+            known.axes.fix(axis, f"{known.where} repeats it")
+    return tuple(result)
+
+
+@rule("unfold")
+def _unfold(known: Known, outputs: list[Tensor], x: Tensor, dimension: int, **_: Any) -> Result:
+    return (*drop(known, x, [dimension], "slides over it"), None)
 
 
 @rule_of_parts("unbind")
@@ -99,6 +141,23 @@ def _unbind(known: Known, outputs: list[Tensor], x: Tensor, dim: int = 0) -> lis
     axes = drop(known, x, [dim], "picks single entries of it")
     del axes[dim]
     return [tuple(axes)] * len(outputs)
+
+
+@rule("stack")
+def _stack(known: Known, outputs: list[Tensor], tensors: Sequence[Tensor], dim: int = 0) -> Result:
+    axes = _alike(known, tensors, f"{known.where} stacks it with others")
+    axes.insert(dim % (len(axes) + 1), None)
+    return tuple(axes)
+
+
+def _alike(known: Known, tensors: Sequence[Tensor], why: str, other_than: int | None = None) -> list[Axis]:
+    """The axes of tensors that lie beside one another."""
+    result: list[Axis] = list(known.value(tensors[0]).axes)
+    for tensor in tensors[1:]:
+        for d, axis in enumerate(known.value(tensor).axes):
+            if d != other_than:
+                result[d] = known.axes.tie(result[d], axis, why)
+    return result
 
 
 @rule("slice")
@@ -127,8 +186,8 @@ def _slice(
     return tuple(axes)
 
 
-@rule_of_parts("split", "split_with_sizes", "chunk")
-def _split(known: Known, outputs: list[Tensor], x: Tensor, _: Any, dim: int = 0) -> list[Result]:
+@rule_of_parts("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
+def _split(known: Known, outputs: list[Tensor], x: Tensor, dim: int = 0, **_: Any) -> list[Result]:
     """Parts are widened alike, as multiples of their common divisor; equal ones stay equal."""
     axes = list(known.value(x).axes)
     dim %= x.dim()
@@ -149,13 +208,9 @@ def _cat(known: Known, outputs: list[Tensor], tensors: Sequence[Tensor], dim: in
     tensors = [t for t in tensors if t.shape != (0,)]  # an empty cache concatenates with anything
     if not tensors:
         return (None,)
-    result: list[Axis] = list(known.value(tensors[0]).axes)
-    dim %= len(result)
+    dim %= tensors[0].dim()
     pieces = [(known.value(t).axes[dim], t.shape[dim]) for t in tensors]
-    for tensor in tensors[1:]:
-        for d, axis in enumerate(known.value(tensor).axes):
-            if d != dim:
-                result[d] = known.axes.tie(result[d], axis, f"{known.where} concatenates along another")
+    result = _alike(known, tensors, f"{known.where} concatenates along another", dim)
     if all(axis is None for axis, _ in pieces):
         result[dim] = None
     else:
@@ -167,7 +222,7 @@ def _cat(known: Known, outputs: list[Tensor], tensors: Sequence[Tensor], dim: in
 
 
 @rule("constant_pad_nd")
-def _pad(known: Known, outputs: list[Tensor], x: Tensor, pad: Sequence[int], *_: Any) -> Result:
+def _pad(known: Known, outputs: list[Tensor], x: Tensor, pad: Sequence[int], **_: Any) -> Result:
     result = list(known.value(x).axes)
     for index in range(len(pad) // 2):
         dim = x.dim() - 1 - index
@@ -185,17 +240,6 @@ def _pad(known: Known, outputs: list[Tensor], x: Tensor, pad: Sequence[int], *_:
     return tuple(result)
 
 
-@rule("roll")
-def _roll(known: Known, outputs: list[Tensor], x: Tensor, _: Any, dims: Sequence[int] = ()) -> Result:
-    return tuple(drop(known, x, list(dims) or list(range(x.dim())), "rolls it"))
-
-
-@rule("index")
-def _index(known: Known, outputs: list[Tensor], x: Tensor, indices: Sequence[Tensor | None]) -> Result:
-    """Advanced indexing of adjacent dimensions; the others keep their channels."""
-    used = [d for d, index in enumerate(indices) if index is not None]
-    axes = drop(known, x, used, "picks entries of it")
-    if used != list(range(used[0], used[-1] + 1)):
-        return unknown(known, "index", x, outputs)
-    new = outputs[0].dim() - (x.dim() - len(used))
-    return (*axes[: used[0]], *((None,) * new), *axes[used[-1] + 1 :])
+@rule("roll", "flip")
+def _roll(known: Known, outputs: list[Tensor], x: Tensor, dims: Sequence[int] = (), **_: Any) -> Result:
+    return tuple(drop(known, x, list(dims) or list(range(x.dim())), "moves entries along it"))
