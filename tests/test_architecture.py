@@ -20,7 +20,7 @@ MOST = 12
 GROUND = {f"deepenc.{name}" for name in ("errors", "files", "plainyaml", "plugins", "seeds")}
 
 # Each room, and the rooms it may import besides itself.
-CORE = {room: GROUND for room in GROUND} | {
+CORE = dict.fromkeys(GROUND, GROUND) | {
     "deepenc.errors": set(),
     "deepenc.__main__": {"deepenc.cli"},
     "deepenc.processes": GROUND,
