@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepenc.cli.console import out
-from deepenc.cli.options import ScopeOption, StreamsOption, source_named
+from deepenc.cli.options import (
+    DEFENSE,
+    PluginOption,
+    ScopeOption,
+    StreamsOption,
+    defense_named,
+    load_plugins,
+    source_named,
+)
 from deepenc.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
@@ -22,17 +30,17 @@ def inspect(
     what: Annotated[
         str, typer.Argument(metavar="VICTIM|FOLDER", help="A victim, or the folder of an encrypted network.")
     ],
-    defense: Annotated[
-        str | None, typer.Option(help="Show what this defense would insert into a victim.")
-    ] = None,
+    defense: Annotated[str | None, DEFENSE] = None,
     why: Annotated[bool, typer.Option("--why", help="Say why the other layers are no sites.")] = False,
     scope: ScopeOption = "",
     streams: StreamsOption = False,
+    plugin: PluginOption = None,
 ) -> None:
     """Show where confusion channels can go, or are: sites, widths, memory, key bits.
 
     Example: deepenc inspect digits-resnet --defense paper-samp --why
     """
+    load_plugins(plugin)
     if Path(what).is_dir():
         if defense is not None or why or scope or streams:
             raise ConfigError(
@@ -60,7 +68,7 @@ def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, sc
     import numpy as np
 
     from deepenc.encryption.cost.costs import memory
-    from deepenc.encryption.defense import Defense, Original
+    from deepenc.encryption.defense import Original
     from deepenc.encryption.tensors import tensors_of
     from deepenc.network.find import analyse
     from deepenc.victims.data.cache import cache_folder
@@ -69,7 +77,7 @@ def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, sc
         source = source_named(spec)
     except PluginError as error:
         raise PluginError(f"{error}. There is no folder {spec!r} either") from error
-    chosen = None if defense is None else Defense.of(defense)
+    chosen = None if defense is None else defense_named(defense)
     model, example = source.network(cache_folder())
     found = analyse(model, example, streams=streams, scope=scope)
     tensors = tensors_of(model, found.sites)

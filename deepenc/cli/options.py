@@ -15,6 +15,7 @@ from deepenc.errors import ConfigError, KeyFileError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+    from deepenc.encryption.defense import Defense
     from deepenc.victims.victim import VictimSource
 
 ENVIRONMENT = "DEEPENC_PASSPHRASE"
@@ -66,6 +67,48 @@ ScopeOption = Annotated[
 StreamsOption = Annotated[
     bool, typer.Option("--streams", help="Widen residual streams, too, which the paper does not.")
 ]
+
+
+PluginOption = Annotated[
+    list[Path] | None, typer.Option(help="Python file with plugins; may be given several times.")
+]
+DEFENSE = typer.Option(
+    help="A name of `deepenc list defenses`, or a YAML file with a defense, such as the best.yaml of "
+    "`deepenc tune`; of a file with several, FILE:NAME."
+)
+
+
+def load_plugins(files: Sequence[Path] | None) -> None:
+    """Register the plugins of the user's files."""
+    from deepenc.plugins import load_file
+
+    for path in files or ():
+        load_file(path)
+
+
+def defense_named(text: str) -> Defense:
+    """The defense that is meant: a registered one, or one described in a YAML file.
+
+    Raises:
+        PluginError: No registered defense has the name.
+        ConfigError: The file cannot be read, or does not say which defense is meant.
+    """
+    from deepenc.encryption.defense import Defense
+    from deepenc.plainyaml import read_file
+
+    file, _, wanted = text.partition(":")
+    if not file.endswith((".yaml", ".yml")):
+        return Defense.of(text)
+    content, _ = read_file(Path(file))
+    listed = content.get("defenses", [content]) if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise ConfigError(f"{file}: expected a defense, or a list of `defenses`; see configs/frontier.yaml")
+    found = [Defense.of(spec) for spec in listed]
+    named = [one for one in found if (one.name == wanted if wanted else one.protects)]
+    if len(named) != 1:
+        names = ", ".join(one.name for one in found) or "none"
+        raise ConfigError(f"{file}: say which defense is meant, as {file}:NAME; it has {names}")
+    return named[0]
 
 
 def source_named(text: str) -> VictimSource:

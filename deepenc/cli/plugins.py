@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deepenc.cli.console import out
+from deepenc.cli.options import PluginOption, load_plugins
 from deepenc.errors import PluginError, near
 
 
@@ -30,9 +31,7 @@ class Kinds(StrEnum):
 
 def list_plugins(
     what: Annotated[Kinds, typer.Argument(help="What to list.")],
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="Python file with plugins; may be given several times.")
-    ] = None,
+    plugin: PluginOption = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="As a table, attacks with what they need and must see.")
     ] = False,
@@ -41,10 +40,9 @@ def list_plugins(
 
     Example: deepenc list attacks
     """
-    from deepenc.plugins import load_file, names
+    from deepenc.plugins import names
 
-    for path in plugin or ():
-        load_file(path)
+    load_plugins(plugin)
     if markdown:
         from deepenc.report import catalogue
 

@@ -319,3 +319,33 @@ def test_the_installed_command_fails_without_a_traceback(tmp_path: Path) -> None
 def test_check_takes_parameters(run: Run) -> None:
     assert "All checks passed" in run("check", "typical").stdout
     assert "All checks passed" in run("check", "alignment:look_for=clone").stdout
+
+
+BEST = """\
+name: found
+victims: [toy]
+defenses:
+  - name: thin
+    placement: {name: absolute, count: 2}
+    weights: samp
+  - name: wide
+    placement: {name: absolute, count: 3}
+    weights: init
+  - null
+"""
+
+
+def test_a_defense_comes_from_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "best.yaml").write_text(BEST)
+    (tmp_path / "one.yaml").write_text("name: alone\nplacement: {name: absolute, count: 4}\nweights: samp\n")
+    (tmp_path / "none.yaml").write_text("[1, 2]\n")
+    assert "; wide" in run("inspect", "toy", "--defense", f"{tmp_path}/best.yaml:wide").stdout
+    assert "; alone" in run("inspect", "toy", "--defense", f"{tmp_path}/one.yaml").stdout
+    for text, part in (
+        ("best.yaml", "it has thin, wide, null"),
+        ("best.yaml:x", "best.yaml:NAME"),
+        ("none.yaml", "expected a defense"),
+        ("missing.yaml", "cannot read"),
+    ):
+        result = run("inspect", "toy", "--defense", f"{tmp_path}/{text}")
+        assert result.exit_code == 1 and part in result.stderr, result.stderr
