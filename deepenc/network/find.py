@@ -198,7 +198,8 @@ def _site(
         slots += found
     roles = {slot.role for slot in slots}
     if Role.OUTGOING not in roles:
-        return "no later layer uses it"
+        lost = bool(channels.contracted.intersection(members))
+        return "only what the network computes carries it on" if lost else "no later layer uses it"
     name = maker.tensor.removesuffix(".weight")
     first = next(slot for slot in slots if slot.tensor == maker.tensor and slot.dim == maker.dim)
     if name in taken or (len(members) * first.block < maker.size and first.start):

@@ -184,7 +184,7 @@ class Axes:
             return
         starts = np.array([owner.first for owner in self.owners])
         places = np.searchsorted(starts, axis, side="right") - 1
-        for index in np.unique(places[axis >= 0]):
+        for index in np.unique(places[(axis >= 0) & (places >= 0)]):
             owner = self.owners[int(index)]
             own = axis[(places == index) & (axis < owner.first + owner.size)]  # the others are loose
             if len(own):

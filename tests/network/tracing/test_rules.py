@@ -35,6 +35,9 @@ class Between(nn.Module):
         return self.last(self.use(self.first(x)))
 
 
+MADE = (("weight", Role.INCOMING), ("bias", Role.BIAS))
+
+
 @dataclass(frozen=True)
 class Case:
     """Of the channels of the first layer, ``width`` lie in blocks, from some starts on, here and there."""
@@ -51,9 +54,7 @@ class Case:
 
     def slots(self) -> set[Slot]:
         made = {
-            Slot(f"first.{name}", 0, role, start, self.block)
-            for name, role in (("weight", Role.INCOMING), ("bias", Role.BIAS))
-            for start in self.starts
+            Slot(f"first.{name}", 0, role, start, self.block) for name, role in MADE for start in self.starts
         }
         read = {Slot("last.weight", 1, Role.OUTGOING, start, self.read_block) for start in self.read}
         return made | read | set(self.more)
@@ -90,6 +91,12 @@ def gated(h: Tensor) -> Tensor:
 def put(h: Tensor) -> Tensor:
     out = h.new_zeros(9, h.shape[1])
     out[EDGES[0].to(h.device)] = h[EDGES[1].to(h.device)]
+    return out
+
+
+def positive(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[h < 0] = 0.1
     return out
 
 
@@ -153,6 +160,10 @@ FOUND = {
     "gathered": linear(gathered, example=NODES),
     "selected": linear(lambda h: h.index_select(0, EDGES[0].to(h.device)), example=NODES),
     "put": linear(put, example=NODES),
+    "masked by values": linear(positive),
+    "taken": linear(
+        lambda h: h.take_along_dim(EDGES[0].to(h.device)[:, None].expand(-1, h.shape[1]), 0), example=NODES
+    ),
     "masked by rows": linear(lambda h: h * h.new_ones(2, 1).bool().expand(-1, h.shape[1])),
     "written into parts": convolved(written, dims=1),
     "repeated": pooled(lambda h: h.repeat(1, 1, 2).mean(2)),
@@ -356,6 +367,47 @@ def test_finding_sites_inside_inference_mode() -> None:
     with torch.inference_mode():
         assert find_sites(model, ROW) == expected
     assert [site.name for site in expected] == ["0"]
+
+
+def test_normalised_weights() -> None:
+    torch.manual_seed(0)
+    weight_norm = nn.utils.parametrizations.weight_norm
+    layers = weight_norm(nn.Conv1d(3, 6, 1)), nn.PReLU(), weight_norm(nn.Conv1d(6, 2, 1))
+    (site,) = find_sites(nn.Sequential(*layers).eval(), POINTS)
+    assert set(site.slots) == {
+        Slot("0.parametrizations.weight.original0", 0, Role.SCALE),
+        Slot("0.parametrizations.weight.original1", 0, Role.INCOMING),
+        Slot("0.bias", 0, Role.BIAS),
+        Slot("2.parametrizations.weight.original1", 1, Role.OUTGOING),
+    }
+    # Here a slice has entries of all channels that are made, and its norm moves with each.
+    turned = weight_norm(nn.ConvTranspose1d(3, 6, 1)), nn.ReLU(), nn.Conv1d(6, 4, 1), nn.Conv1d(4, 2, 1)
+    for device in ("cpu", "meta"):
+        found = find_sites(nn.Sequential(*turned).eval().to(device), POINTS.to(device))
+        assert [site.name for site in found] == ["2"]
+
+
+class Cell(nn.Module):
+    """A recurrent cell; its state is zeros at first, of the width of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.again, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        state = x.new_zeros(len(x), self.again.weight.shape[1])
+        for step in x.unbind(2):
+            state = (self.enter(step) + self.again(state)).tanh()
+        return self.last(state)
+
+
+def test_a_state_that_is_zero_at_first() -> None:
+    torch.manual_seed(0)
+    (site,) = find_sites(Cell().eval(), POINTS, streams=True)
+    assert set(site.slots) == {
+        *(Slot(f"{name}.{part}", 0, role) for name in ("enter", "again") for part, role in MADE),
+        *(Slot(f"{name}.weight", 1, Role.OUTGOING) for name in ("again", "last")),
+    }
 
 
 def test_weights_behind_an_unfollowed_operator_are_named() -> None:

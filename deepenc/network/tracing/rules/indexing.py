@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepenc.network.tracing.axes import Axis
 from deepenc.network.tracing.known import Known
+from deepenc.network.tracing.rules.pointwise import pointwise
 from deepenc.network.tracing.rules.registry import Result, beside, drop, rule, unknown
 
 
@@ -40,13 +41,13 @@ def _scatter(
     src: Tensor | None = None,
     **_: Any,
 ) -> Result:
-    others = [tensor for tensor in (src, index) if tensor is not None]
-    return tuple(beside(known, x, dim, others, "puts entries of it at given places"))
+    others = [tensor for tensor in (index, src) if tensor is not None]
+    return tuple(beside(known, x, dim, others, "puts entries of it at given places", adds=True))
 
 
 @rule("index_add", "index_copy", "index_reduce")
 def _index_add(known: Known, outputs: list[Tensor], x: Tensor, dim: int, source: Tensor, **_: Any) -> Result:
-    return tuple(beside(known, x, dim, [source], "puts entries of it at given places"))
+    return tuple(beside(known, x, dim, [source], "puts entries of it at given places", adds=True))
 
 
 @rule("index", "_unsafe_index")
@@ -59,6 +60,9 @@ def _index(known: Known, outputs: list[Tensor], x: Tensor, indices: Sequence[Ten
 def _index_put(
     known: Known, outputs: list[Tensor], x: Tensor, indices: Sequence[Tensor | None], values: Tensor, **_: Any
 ) -> Result:
+    (mask,) = indices if len(indices) == 1 else (None,)
+    if mask is not None and mask.shape == x.shape and values.numel() == 1:
+        return pointwise(known, "masked_fill", (x, mask), outputs)
     used = _used(indices)
     given = max(1 if _masks(index) else index.dim() for index in indices if index is not None)
     axes = _picked(known, x, indices, x.dim() - len(used) + given)

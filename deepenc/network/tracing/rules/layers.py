@@ -107,6 +107,17 @@ def _batch_norm(
     return tuple(result)
 
 
+@rule("_weight_norm_interface")
+def _weight_norm(known: Known, outputs: list[Tensor], v: Tensor, g: Tensor, dim: int) -> Result:
+    """Each slice of weights is divided by its norm, which zeros leave as it is."""
+    axes = list(known.value(v).axes)
+    for place, axis in enumerate(axes):
+        known.axes.role(axis, Role.INCOMING if place == dim else Role.OUTGOING)
+    known.axes.role(known.value(g).axes[dim], Role.SCALE)
+    axes[dim] = known.axes.tie(axes[dim], known.value(g).axes[dim], f"{known.where} scales it")
+    return tuple(axes)
+
+
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
 def _layer_norm(
     known: Known,

@@ -61,7 +61,9 @@ def drop(known: Known, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
     return axes
 
 
-def beside(known: Known, x: Tensor, dim: int, others: Sequence[Tensor], why: str) -> list[Axis]:
+def beside(
+    known: Known, x: Tensor, dim: int, others: Sequence[Tensor], why: str, *, adds: bool = False
+) -> list[Axis]:
     """The axes of a tensor that others go along with in all dimensions but one, where entries are picked.
 
     Args:
@@ -70,14 +72,15 @@ def beside(known: Known, x: Tensor, dim: int, others: Sequence[Tensor], why: str
         dim: The dimension where entries are picked.
         others: Tensors with as many dimensions.
         why: Why the picked entries cannot be widened.
+        adds: Whether activations are added.
     """
     axes = drop(known, x, [dim], why)
     for other in others:
         theirs = drop(known, other, [dim], why)
-        adds = not known.value(x).state and not known.value(other).state and other.is_floating_point()
+        added = adds and not known.value(x).state and not known.value(other).state
         for d, axis in enumerate(theirs):
             if d != dim % x.dim() and x.shape[d] == other.shape[d]:
-                axes[d] = known.axes.tie(axes[d], axis, f"{known.where} {why}", addition=adds)
+                axes[d] = known.axes.tie(axes[d], axis, f"{known.where} {why}", addition=added)
             else:
                 known.axes.fix(axis, f"{known.where} {why}")
                 known.axes.fix(axes[d], f"{known.where} {why}")

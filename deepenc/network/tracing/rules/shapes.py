@@ -240,6 +240,6 @@ def _pad(known: Known, outputs: list[Tensor], x: Tensor, pad: Sequence[int], **_
     return tuple(result)
 
 
-@rule("roll", "flip")
+@rule("roll", "flip", "rot90")
 def _roll(known: Known, outputs: list[Tensor], x: Tensor, dims: Sequence[int] = (), **_: Any) -> Result:
     return tuple(drop(known, x, list(dims) or list(range(x.dim())), "moves entries along it"))
