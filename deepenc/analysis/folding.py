@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from deepenc.analysis.following import Run
 from deepenc.errors import TraceError
+from deepenc.network.calling import first_line
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.tracing.admit import admit
 
@@ -128,9 +129,9 @@ def _run(network: nn.Module, example: Any, remedy: str) -> Run:
     except TraceError:
         raise
     except Exception as error:
-        told = (str(error).strip().splitlines() or ["no message"])[0]
         raise TraceError(
-            f"{type(network).__name__} does not run on the example: {type(error).__name__}: {told}; {remedy}"
+            f"{type(network).__name__} does not run on the example: {type(error).__name__}: "
+            f"{first_line(error)}; {remedy}"
         ) from error
 
 

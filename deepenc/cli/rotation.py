@@ -106,7 +106,7 @@ def _victim(victim: str | None, saved: Mapping[str, Any] | None) -> VictimSource
     Raises:
         ConfigError: The header names none, or one that would import code: a header is not trusted so far.
     """
-    from deepenc.network.factory import OWN
+    from deepenc.network.factory import trusted
     from deepenc.plugins import build, parts_of
     from deepenc.victims.victim import VictimSource
 
@@ -117,7 +117,7 @@ def _victim(victim: str | None, saved: Mapping[str, Any] | None) -> VictimSource
     found: VictimSource = build("victim", saved)
     for part in parts_of(found):  # a victim may be made of another one
         factory = part.structure() if isinstance(part, VictimSource) else None
-        if factory is not None and factory.library == "python" and factory.name not in OWN:
+        if factory is not None and factory.library == "python" and factory.name not in trusted():
             raise ConfigError(
                 f"the folder names the function {factory.name!r} as maker of its victim; if you trust it, "
                 "give it with --victim"

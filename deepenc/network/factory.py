@@ -1,4 +1,4 @@
-"""How a network's structure is made anew: from a library's name for it and plain arguments, not a pickle.
+"""How a network's structure is made again: from a library's name for it and plain arguments, not a pickle.
 
 A factory is plain data, so that a file may hold it. What a file says is not trusted: it may choose among
 the networks of known libraries, but neither import code, nor read a path, nor download anything.
@@ -13,7 +13,10 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Final, Literal, Self, get_args
+from contextlib import nullcontext
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal, Self, get_args
 
 import torch
 from pydantic import (
@@ -29,13 +32,14 @@ from pydantic import (
 from torch import nn
 
 from deepenc.errors import CheckpointError, ConfigError, near
+from deepenc.network.calling import first_line
+from deepenc.network.limits import Limits
 from deepenc.plugins import explain
 
 Library = Literal["torchvision", "timm", "transformers", "python"]
 
-OWN: Final = frozenset({"deepenc.victims.models:CifarResNet"})
-"""Functions that any file may name: they make a network of their arguments, and nothing else."""
-
+GROUP = "deepenc.networks"
+"""Entry points of functions that any file may name: they make a network of their arguments and do no more."""
 _EXTRAS = {"timm": "timm", "transformers": "text"}
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -47,6 +51,12 @@ _REFUSED = frozenset(
     | {"trust_remote_code", "url", "use_kernels"}
 )
 _LABELS = frozenset({"id2label", "label2id"})
+
+
+@cache
+def trusted() -> frozenset[str]:
+    """Functions (``"package.module:function"``) that installed packages declare under `GROUP`."""
+    return frozenset(point.value for point in entry_points(group=GROUP))
 
 
 class Factory(BaseModel):
@@ -103,7 +113,7 @@ class Factory(BaseModel):
         """The factory that a text or a mapping stands for.
 
         Raises:
-            ConfigError: It cannot be meant.
+            ConfigError: It is invalid.
 
         >>> Factory.of("torchvision:resnet18").name
         'resnet18'
@@ -134,39 +144,48 @@ class Factory(BaseModel):
             {"library": "transformers", "name": type(model).__name__, "arguments": without_origin(plain)}
         )
 
-    def build(self, device: torch.device | str = "cpu", *, allow: Collection[str] = ()) -> nn.Module:
+    def build(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        allow: Collection[str] = (),
+        limits: Limits | None = None,
+    ) -> nn.Module:
         """Make the network, randomly initialised and in eval mode; the same each time.
 
         Args:
             device: Where to; on ``"meta"`` it takes no memory.
             allow: Functions (``"package.module:function"``) that may be imported and called. A name that was
-                read from a file imports nobody's code without it.
+                read from a file imports nobody's code without it, but for that which is `trusted`.
+            limits: For a factory that was read from a file; default: none.
 
         Raises:
-            CheckpointError: It is a function that ``allow`` does not list.
-            ConfigError: The library or the network is unknown or not installed, or the arguments do not do.
+            CheckpointError: It is a function that ``allow`` does not list, or the network exceeds the limits.
+            ConfigError: The library or the network is unknown or not installed, or the arguments are invalid.
         """
         if problem := next(_unsafe(self.arguments), None):
             raise ConfigError(
                 f"factory {self}: {problem}; a factory makes the structure alone, so leave it out"
             )
+        if limits is not None:
+            limits.check(self.arguments)
         make = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
         device = torch.device(device)
         arguments = copy.deepcopy(self.arguments)
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
             torch.default_generator.manual_seed(0)
             try:
-                if self.library == "python":
-                    network = _python(self.name, arguments, allow)
-                else:
-                    network = make[self.library](self.name, arguments)
+                with nullcontext() if limits is None else limits.held():
+                    if self.library == "python":
+                        network = _python(self.name, arguments, allow)
+                    else:
+                        network = make[self.library](self.name, arguments)
             except (ConfigError, CheckpointError):
                 raise
             except Exception as error:
-                told = (str(error).strip().splitlines() or ["no message"])[0]
                 raise ConfigError(
-                    f"factory {self} raised {type(error).__name__}: {told}; repair its arguments "
-                    f"({', '.join(sorted(self.arguments)) or 'none are given'})"
+                    f"factory {self} raised {type(error).__name__}: {first_line(error)}; repair its "
+                    f"arguments ({', '.join(sorted(self.arguments)) or 'none are given'})"
                 ) from error
         if not isinstance(network, nn.Module):
             raise ConfigError(f"factory {self}: expected a torch.nn.Module, got {type(network).__name__}")
@@ -250,7 +269,7 @@ def _transformers(name: str, arguments: dict[str, Any]) -> Any:
 
 
 def _python(name: str, arguments: dict[str, Any], allow: Collection[str]) -> Any:
-    if name not in OWN and name not in allow:
+    if name not in allow and name not in trusted():
         raise CheckpointError(
             f"the network is made by the Python function {name}, which is not of a known library; "
             f"if you trust that code, allow it by name: allow=({name!r},)"

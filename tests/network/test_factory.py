@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 from torchvision import models
 
 from deepenc.errors import CheckpointError, ConfigError
-from deepenc.network.factory import OWN, Factory
+from deepenc.network.factory import Factory, trusted
+from deepenc.network.limits import Limits
 from deepenc.network.structure import named_tensors
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -180,7 +182,7 @@ def test_a_function_is_not_even_imported_unless_it_is_allowed(
 
 @pytest.mark.parametrize("name", ["deepenc.plugins:load_file", "deepenc.victims.models:Block", "os:system"])
 def test_no_other_function_of_ours_or_of_python_is_free(name: str) -> None:
-    assert name not in OWN
+    assert name not in trusted()
     with pytest.raises(CheckpointError, match="allow"):
         Factory.of(name).build()
 
@@ -213,3 +215,51 @@ def test_a_transformer_s_factory_leaves_its_origin_out() -> None:
     assert {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in made.items()}
     with pytest.raises(ConfigError, match="expected a network of transformers"):
         Factory.of_transformer(nn.Linear(2, 2))
+
+
+HUGE = {
+    "layers": {**BERT, "arguments": {**TINY, "vocab_size": 20, "num_hidden_layers": 10**6}},
+    "labels": {
+        "library": "transformers",
+        "name": "BertForSequenceClassification",
+        "arguments": {**TINY, "vocab_size": 20, "num_labels": 10**8},
+    },
+    "words": {**BERT, "arguments": {**TINY, "vocab_size": 10**9}},
+    "a number": {**BERT, "arguments": {**TINY, "vocab_size": 10**30}},
+    "depth": {
+        "library": "python",
+        "name": "deepenc.victims.models:CifarResNet",
+        "arguments": {"depth": 600_002},
+    },
+    "channels": {
+        "library": "python",
+        "name": "deepenc.victims.models:CifarResNet",
+        "arguments": {"depth": 8, "channels": 4 * 10**7},
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_network_stops_growing_at_the_limits(name: str) -> None:
+    """The limits are those of the networks that small files are of."""
+    device = "cpu" if HUGE[name]["library"] == "python" else "meta"
+    with pytest.raises(CheckpointError, match="larger than its tensors allow"):
+        Factory.of(HUGE[name]).build(device, limits=Limits.of([(64, 64, 3, 3)] * 20))
+    assert len(nn.Sequential(*(nn.ReLU() for _ in range(3000)))) == 3000  # nothing is left behind
+
+
+@pytest.mark.parametrize("spec", NETWORKS, ids=str)
+def test_a_network_keeps_the_limits_of_its_own_tensors(spec: Any) -> None:
+    shapes = [tensor.shape for tensor in named_tensors(Factory.of(spec).build("meta")).values()]
+    assert Factory.of(spec).build("meta", limits=Limits.of(shapes)) is not None
+
+
+def test_limits_hold_in_their_own_thread_alone() -> None:
+    with Limits(modules=0, elements=0, labels=0, number=0).held():
+        made: list[nn.Module] = []
+        other = threading.Thread(target=lambda: made.append(nn.Sequential(nn.Linear(2, 2))))
+        other.start()
+        other.join()
+        assert made
+        with pytest.raises(CheckpointError):
+            nn.Linear(2, 2)
