@@ -13,7 +13,6 @@ from torch import nn
 from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.filling.inputs import draw
-from deepenc.errors import ConfigError
 from deepenc.network.surgery import Layout
 
 
@@ -23,9 +22,9 @@ class Withhold(Hardening):
     What real channels have stored tells what they saw in the victim: whoever removes channels until the
     layers behind agree with it reads off the key, layer by layer (`peel`, `hill-climb`). With this step all
     statistics are those that the confused network has on the defender's images: they agree with any data,
-    measuring them anew changes little, and they are no measure of a guess. The price is a larger key, two
+    re-estimating them changes little, and they are no measure of a guess. The price is a larger key, two
     numbers for each BatchNorm channel, and that damage must not rest on statistics: put `optimise` before it.
-    With the key every tensor is the victim's, bit for bit.
+    With the key every tensor is the victim's, bit for bit. Without BatchNorm there is nothing to withhold.
     """
 
     name: ClassVar[str] = "withhold"
@@ -52,14 +51,11 @@ class Withhold(Hardening):
         """See `Hardening.harden`.
 
         Raises:
-            ConfigError: There are no images, or the network has no running statistics.
+            ConfigError: There are running statistics, but no images to re-estimate them on.
         """
         layers = batchnorms(network).values()
         if not layers:
-            raise ConfigError(
-                "hardening 'withhold' changes nothing: no BatchNorm keeps running statistics in "
-                f"{type(network).__name__}; leave it out"
-            )
+            return
         counts = [layer.num_batches_tracked for layer in layers]
         before = [None if count is None else count.clone() for count in counts]
         reestimate(network, draw(f"hardening {self.name!r}", network, original, rng, self.images))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deepenc.arena.checks.tiny import host_defense, tiny_subject
+from deepenc.encryption.defense import Defense
 from deepenc.encryption.disk.checkpoint import decrypt_tensors
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.keys.key import Key, seal, unseal
@@ -71,10 +72,45 @@ def test_what_was_withheld_must_fit(released: tuple[nn.Module, Key, nn.Module, t
         key.restored(tensors)
 
 
-def test_a_network_without_batchnorm() -> None:
+def test_a_network_without_batchnorm_has_nothing_to_withhold() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    with pytest.raises(ConfigError, match="changes nothing"):
-        encrypt(net, torch.randn(2, 4), host_defense(hardening=Withhold()), seed=0, data=torch.randn(8, 4))
+    example = torch.randn(2, 4)
+    released, key = encrypt(net, example, host_defense(hardening=Withhold()), seed=0)
+    expected, same = encrypt(net, example, host_defense(), seed=0)
+    assert key == same and not key.withheld_tensors()
+    assert all(torch.equal(t, expected.state_dict()[n]) for n, t in released.state_dict().items())
+
+
+class Reader(nn.Module):
+    """A transformer for texts, with LayerNorm alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, activation="gelu", batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.words(ids)).mean(1))
+
+
+def test_strong_protects_a_transformer_too() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, texts = Reader().eval(), torch.randint(30, (32, 7))
+    strong = Defense.of("strong")
+    quick = [
+        step.model_copy(update={"steps": 2, "batch_size": 8}) if step.name == "optimise" else step
+        for step in strong.hardening
+    ]
+    assert "withhold" in [step.name for step in quick]
+    released, key = encrypt(
+        model, texts[:1], strong.model_copy(update={"hardening": quick}), seed=0, data=texts
+    )
+    assert not torch.allclose(released(texts), model(texts), atol=0.01)
+    restored = decrypt(released, key)
+    assert all(torch.equal(t, restored.state_dict()[n]) for n, t in model.state_dict().items())
 
 
 def test_without_images() -> None:
