@@ -240,7 +240,8 @@ def complaint(detail: ErrorDetails, known: Iterable[str], what: str) -> str:
     match detail["type"]:
         case "extra_forbidden":
             name = str(detail["loc"][-1])
-            return f"unknown {what} {name!r}: {near(name, known)}"
+            hint = near(name, known) if known else f"it has no {what}s"
+            return f"unknown {what} {name!r}: {hint}"
         case "missing":
             return f"this {what} is missing; add it"
         case "value_error" | "assertion_error":

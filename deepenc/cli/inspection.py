@@ -41,7 +41,7 @@ def inspect(
     Example: deepenc inspect digits-resnet --defense paper-samp --why
     """
     load_plugins(plugin)
-    if Path(what).is_dir():
+    if what and Path(what).is_dir():
         if defense is not None or why or scope or streams:
             raise ConfigError(
                 f"{what} is an encrypted network: --defense, --why, --scope and --streams are for victims; "

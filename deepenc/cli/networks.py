@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,8 @@ from deepenc.cli.options import (
 )
 from deepenc.cli.release import write_release
 from deepenc.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def encrypt(
@@ -64,6 +67,8 @@ def encrypt(
     refuse_to_replace(folder, force)
     sealed_for = openings(passphrase_file, recipient)
     model, example = source.network(cache_folder())
+    if source.random:
+        log.warning("%s: random weights, so that there is nothing to protect; give `weights`", source.label)
     data = source.load(cache_folder()).defender.inputs if chosen.wants_data else None
     encrypted, made = make(model, example, chosen, streams=streams, scope=scope, data=data)
     stored = write_release(

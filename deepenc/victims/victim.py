@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from deepenc.errors import ConfigError
 from deepenc.network.factory import Factory
 from deepenc.plugins import Plugin, build, parse
 
@@ -75,6 +76,11 @@ class VictimSource(Plugin):
         """How tables call the victim: its name, and more where a parameter chooses the network."""
         return self.name
 
+    @property
+    def random(self) -> bool:
+        """Whether the network's weights are random, so that there is nothing to protect."""
+        return False
+
     @abstractmethod
     def network(self, cache: Path) -> tuple[nn.Module, Any]:
         """Get the network alone; needs no images where its weights are to be had without.
@@ -115,10 +121,14 @@ def source_of(text: str) -> VictimSource:
 
     Raises:
         PluginError: The name is unknown.
-        ConfigError: It cannot be meant.
+        ConfigError: It is empty, or a parameter is unknown or invalid.
     """
-    head, _, rest = text.partition(":")
+    head, colon, rest = text.partition(":")
     first, _, fields = rest.partition(",")
+    if not head or (colon and not rest):
+        raise ConfigError(
+            f"expected a victim, such as digits-resnet, torchvision:resnet18 or my_models:build, got {text!r}"
+        )
     if first and "=" not in first:
         source = build("victim", parse(f"network:{fields}") | {"factory": f"{head}:{first}"})
     else:

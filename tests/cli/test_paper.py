@@ -106,7 +106,7 @@ def test_a_network_of_the_user_s_own_by_its_function(run: Run, tmp_path: Path) -
     spec = "own_networks_cli:build,example=2x3"
     shown = run("inspect", spec, "--why")
     assert shown.exit_code == 0, shown.output
-    assert "own_networks_cli:build, random weights: 1 sites" in " ".join(shown.stdout.split())
+    assert "own_networks_cli:build, as the function makes it: 1 sites" in " ".join(shown.stdout.split())
     assert run("encrypt", spec, "out", "--key", "key").exit_code == 0
     assert run("decrypt", "out", "key", "victim.safetensors").exit_code == 0
     stored = checkpoint.load(tmp_path / "out")

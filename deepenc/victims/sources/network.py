@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepenc.errors import VictimError
 from deepenc.network.factory import Factory, without_origin
+from deepenc.victims.data.images import expect_file
 from deepenc.victims.victim import Victim, VictimSource
 from deepenc.victims.weights import load_into
 
@@ -22,15 +23,26 @@ TOKENS = 16
 
 def _shapes(value: Any) -> Any:
     """``"1x3x64x64"`` as a shape, ``"input_ids:1x16;attention_mask:1x16"`` as several by name."""
-    if not isinstance(value, str):
-        return value
-    if ":" in value:
+    if isinstance(value, str) and ":" in value:
         parts = (item.partition(":") for item in value.split(";"))
-        return {name.strip(): _shapes(shape) for name, _, shape in parts}
-    return tuple(value.split("x"))
+        value = {name.strip(): shape for name, _, shape in parts}
+    if isinstance(value, Mapping):
+        return {name: _shape(shape) for name, shape in value.items()}
+    return None if value is None else _shape(value)
 
 
-Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_shapes)]
+def _shape(value: Any) -> tuple[int, ...]:
+    sizes = value.split("x") if isinstance(value, str) else value
+    try:
+        shape = tuple(int(size) for size in sizes)
+    except (TypeError, ValueError):
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(f"expected a shape such as 1x3x32x32, or some by name (ids:1x16), got {value!r}")
+    return shape
+
+
+Shape = tuple[int, ...]
 
 
 class Network(VictimSource):
@@ -44,8 +56,8 @@ class Network(VictimSource):
     config: Path | None = Field(None)
     """JSON file with the factory's arguments, such as the ``config.json`` of a network of transformers."""
     weights: str = Field("none")
-    """File of weights (``.safetensors``, or a state dict of torch), or ``none`` for a random initialisation,
-    good only to look at the structure."""
+    """File of weights (``.safetensors``, or a state dict of torch), or ``none`` for those with which the
+    factory makes the network: random ones, good only to look at the structure, if it is a library's."""
     example: Annotated[Shape | dict[str, Shape] | None, BeforeValidator(_shapes)] = Field(None)
     """Shape of an input (``[1, 3, 224, 224]``, or as text ``1x3x224x224``), or of several by name
     (``{input_ids: [1, 16]}``, or ``input_ids:1x16``); ids and masks are integers, all else is noise. Default:
@@ -53,16 +65,25 @@ class Network(VictimSource):
 
     @property
     def label(self) -> str:
-        """The factory, and that the weights are random where they are."""
-        return f"{self.factory}, random weights" if self.weights == "none" else str(self.factory)
+        """The factory, and where the weights are from if they are not of a file."""
+        if self.weights != "none":
+            return str(self.factory)
+        made = "as the function makes it" if self.factory.library == "python" else "random weights"
+        return f"{self.factory}, {made}"
+
+    @property
+    def random(self) -> bool:
+        """See `VictimSource.random`."""
+        return self.weights == "none" and self.factory.library != "python"
 
     def structure(self) -> Factory:
         """See `VictimSource.structure`."""
         if self.config is None:
             return self.factory
+        expect_file(self.config, "a JSON file")
         try:
             arguments = json.loads(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise VictimError(f"cannot read {self.config} ({error}); give a JSON file as `config`") from error
         if not isinstance(arguments, dict):
             raise VictimError(f"{self.config}: expected a JSON object, got {type(arguments).__name__}")

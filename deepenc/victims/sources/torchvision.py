@@ -53,6 +53,11 @@ class Torchvision(VictimSource):
         """The model's own name."""
         return self.model
 
+    @property
+    def random(self) -> bool:
+        """See `VictimSource.random`."""
+        return self.weights == "none"
+
     def network(self, cache: Path) -> tuple[nn.Module, Tensor]:
         """See `VictimSource.network`."""
         self._check_name()

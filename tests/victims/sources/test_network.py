@@ -53,13 +53,23 @@ def test_every_other_text_is_what_it_was() -> None:
     assert source_of("torchvision:model=resnet34,weights=none") == Torchvision(
         model="resnet34", weights="none"
     )
-    assert source_of("torchvision") == source_of("torchvision:") == Torchvision()
+    assert source_of("torchvision") == Torchvision()
+    for text in ("", ":", "torchvision:", "timm:", ":resnet18", "digits-resnet:"):
+        with pytest.raises(
+            ConfigError, match="expected a victim, such as digits-resnet, torchvision:resnet18"
+        ):
+            source_of(text)
+    with pytest.raises(ConfigError, match="unknown parameter 'foo': it has no parameters"):
+        source_of("digits-resnet:foo=1")
     with pytest.raises(PluginError, match="did you mean 'torchvision'"):
         source_of("torchvison")
     with pytest.raises(ConfigError, match="expected name:field=value"):
         source_of("timm:resnet10t,example")
-    with pytest.raises(ConfigError, match="example"):
-        source_of("timm:resnet10t,example=1xax3")
+    for shape in ("1xax3", "axb", "0x3x32x32", "-1x3", "x", "16", "0x10", "ids:1x0", "a:;b:1", "1.5x2"):
+        with pytest.raises(
+            ConfigError, match=r"example: expected a shape such as 1x3x32x32, or some by name"
+        ):
+            source_of(f"timm:resnet10t,example={shape}")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +152,13 @@ def test_weights_of_a_file(tmp_path: Path, suffix: str) -> None:
     assert all(torch.equal(t, state[n]) for n, t in source.network(tmp_path)[0].state_dict().items())
     assert source.label == "torchvision:squeezenet1_1"
     assert source_of("torchvision:squeezenet1_1").label == "torchvision:squeezenet1_1, random weights"
+
+
+def test_where_the_weights_are_from_is_told(tmp_path: Path) -> None:
+    assert source_of("torchvision:squeezenet1_1").random and source_of("torchvision:weights=none").random
+    own = source_of("my.models:trained,example=1x3")
+    assert not own.random and own.label == "my.models:trained, as the function makes it"
+    assert not source_of("torchvision:squeezenet1_1,weights=a.pt").random
 
 
 def test_a_file_may_leave_tied_tensors_out_but_nothing_else(tmp_path: Path) -> None:
