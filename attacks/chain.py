@@ -46,9 +46,10 @@ class Chain(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         scores: Mapping[str, Tensor] | None = None
-        left = case
+        left, diverged = case, False
         for stage in self.stages:
             claim = stage.attack(left)
+            diverged = diverged or claim.diverged
             # The first scores number the whole network's channels: nothing is removed before them.
             scores = claim.scores if scores is None else scores
             if claim.network is not None:
@@ -57,7 +58,7 @@ class Chain(Attack):
                 left = self._removed(left, claim.scores, f"chain: {stage.name}")
             else:
                 raise ClaimError(f"chain: {stage.name!r} claims neither scores nor a network")
-        return Claim(scores=scores, network=left.encrypted)
+        return Claim(scores=scores, network=left.encrypted, diverged=diverged)
 
     def _removed(self, case: Case, scores: Mapping[str, Tensor], who: str) -> Case:
         counts = {site.name: self._count(case, site) for site in case.sites}

@@ -52,8 +52,8 @@ class Distill(TrainedAttack):
         if len(inputs) < 2 or affordable(case, recipe, Images(inputs, inputs)).steps == 0:
             return Claim(network=network)
         answers = (case.oracle(inputs).float() / self.temperature).softmax(dim=1)
-        train(case, Tempered(network, self.temperature), recipe, images=Images(inputs, answers))
-        return Claim(network=network)
+        taught = train(case, Tempered(network, self.temperature), recipe, images=Images(inputs, answers))
+        return Claim(network=network, diverged=taught.diverged)
 
     def _start(self, case: Case) -> nn.Module:
         if self.start == "encrypted":

@@ -52,18 +52,19 @@ class Ensemble(Attack):
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
-        votes = [ranks(self._scores(attack, case), case.sites) for attack in self.of]
+        claims = [attack.attack(case) for attack in self.of]
+        votes = [ranks(self._scores(*pair, case), case.sites) for pair in zip(self.of, claims, strict=True)]
         return Claim(
+            diverged=any(claim.diverged for claim in claims),
             scores={
                 site.name: torch.from_numpy(
                     np.average([vote[site.name] for vote in votes], axis=0, weights=self.weights)
                 )
                 for site in case.sites
-            }
+            },
         )
 
-    def _scores(self, attack: Attack, case: Case) -> Scores:
-        claim = attack.attack(case)
+    def _scores(self, attack: Attack, claim: Claim, case: Case) -> Scores:
         if claim.scores is None:
             raise ClaimError(f"ensemble: {attack.name!r} claims no scores; only detectors can vote")
         return checked_scores(claim.scores, case.sites, f"ensemble of {attack.name}")

@@ -54,7 +54,7 @@ class Finetune(TrainedAttack):
             reestimate(network, inputs)
         penalties = dict.fromkeys(groups.norm_scales(network), self.l1) if self.l1 else None
         trained = groups.slowed(self.chosen(network, case.classes), network, self.decay)
-        return Claim(network=train(case, network, recipe, groups=trained, l1=penalties))
+        return train(case, network, recipe, groups=trained, l1=penalties)
 
     def chosen(self, network: nn.Module, classes: int) -> groups.Groups:
         """Names of the parameters to train, with the factor 1."""

@@ -15,7 +15,7 @@ from torch.optim import Adam
 
 from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.arena.kit.descent import descend
+from deepenc.arena.kit.descent import Descent, descend
 from deepenc.arena.kit.unlabelled import information, mismatches
 from deepenc.arena.threat import Needs
 from deepenc.network.gates import Gated
@@ -76,20 +76,21 @@ class Gates(Attack):
         every = torch.cat([case.labelled.inputs, case.unlabelled])
         renewed = bool(batchnorms(case.encrypted)) and not self.freeze_norms
         gated = Gated(case.copy(), case.sites)
-        taken = self._learn(case, gated, reserve=len(every) if renewed and self.keep == "soft" else 0)
+        reserve = len(every) if renewed and self.keep == "soft" else 0
+        taken, diverged = self._learn(case, gated, reserve)
         gates = {name: gate.detach() for name, gate in gated.gates.items()}
         scores = {name: -gate.double().cpu() for name, gate in gates.items()}
         if not taken:
-            return Claim(scores=scores, network=case.copy())
+            return Claim(scores=scores, network=case.copy(), diverged=diverged)
         if self.keep == "hard":
             pruned = case.remove(closed(gates, self.threshold)) if case.configuration is None else None
-            return Claim(scores=scores, network=pruned)
+            return Claim(scores=scores, network=pruned, diverged=diverged)
         network = gated.baked()
         if renewed:
             reestimate(network, every)
-        return Claim(scores=scores, network=network)
+        return Claim(scores=scores, network=network, diverged=diverged)
 
-    def _learn(self, case: Case, gated: Gated, reserve: int) -> int:
+    def _learn(self, case: Case, gated: Gated, reserve: int) -> Descent:
         """Set the gates; ``reserve`` samples are left over. Gives the steps taken."""
         inputs = case.labelled.inputs if self.objective == "loss" else case.unlabelled
         generator, size = case.generator(), min(self.batch_size, len(inputs))

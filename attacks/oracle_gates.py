@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from deepenc.arena.case import Attack, Case, Claim, Weakness
-from deepenc.arena.kit.descent import descend
+from deepenc.arena.kit.descent import Descent, descend
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
 from deepenc.network.gates import Gated
@@ -58,23 +58,25 @@ class OracleGates(Attack):
         real = real_channels(case)
         level = math.log(self.start / (1 - self.start))
         logits = {n: torch.full_like(g.detach(), level) for n, g in gated.gates.items() if n in real}
-        taken = self._fit(case, gated, logits, real)
+        taken, diverged = self._fit(case, gated, logits, real)
         masks = {name: mask(logit.double(), real[name]) for name, logit in logits.items()}
         scores = {site.name: torch.zeros(site.width, dtype=torch.float64) for site in case.sites}
         scores |= {name: (1 - m).cpu() for name, m in masks.items()}
         if not taken:
-            return Claim(scores=scores, network=case.copy())
+            return Claim(scores=scores, network=case.copy(), diverged=diverged)
         if case.configuration is not None:
-            return Claim(scores=scores)
+            return Claim(scores=scores, diverged=diverged)
         gated.gates = masks
-        return Claim(scores=scores, network=gated.baked())
+        return Claim(scores=scores, network=gated.baked(), diverged=diverged)
 
-    def _fit(self, case: Case, gated: Gated, logits: dict[str, Tensor], real: dict[str, int | None]) -> int:
+    def _fit(
+        self, case: Case, gated: Gated, logits: dict[str, Tensor], real: dict[str, int | None]
+    ) -> Descent:
         """Change the logits in place; gives the steps taken."""
         left, size = case.meter.left("samples"), min(self.batch_size, self.images)
         steps = self.steps if left is None else min(self.steps, left // size)
         if not logits or not steps or 0 in (case.meter.left("steps"), case.meter.left("queries")):
-            return 0  # and nothing is asked in vain
+            return Descent(0, diverged=False)  # and nothing is asked in vain
         generator = case.generator()
         inputs, answers = asked(case, self.images, generator)
         done = 0

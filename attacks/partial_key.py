@@ -87,4 +87,4 @@ def restored(case: Case, claim: Claim) -> Claim:
     network = claim.network
     if network is None and case.configuration is None:
         network = case.remove(case.known)
-    return Claim(scores=scores, network=network)
+    return Claim(scores=scores, network=network, diverged=claim.diverged)

@@ -53,5 +53,5 @@ class Renormalise(TrainedAttack):
             inputs = torch.cat([case.unlabelled, case.labelled.inputs])[:count]
             paths = Run.of(network, inputs[:1]).unnormalised()
             with renormalised(network, paths, inputs, self.largest):
-                train(case, network, recipe)
+                return train(case, network, recipe)
         return Claim(network=network)

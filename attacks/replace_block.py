@@ -50,9 +50,11 @@ class ReplaceBlock(TrainedAttack):
         renew(network, replaced, case.seed)
         own = dict(network.named_parameters(remove_duplicate=False))
         touched = {slot.tensor: 1.0 for site in replaced for slot in site.slots if slot.tensor in own}
+        warmed = False
         if self.warm:
-            train(case, network, self.warming(), groups=touched)
-        return Claim(network=train(case, network, recipe))
+            warmed = train(case, network, self.warming(), groups=touched).diverged
+        claim = train(case, network, recipe)
+        return replace(claim, diverged=claim.diverged or warmed)
 
     def warming(self) -> Recipe:
         """The recipe of the first phase."""

@@ -45,5 +45,5 @@ class Scratch(TrainedAttack):
             )
         network = case.blank(case.seed).to(case.device).eval()
         if len(case.labelled) >= 2:
-            train(case, network, self.recipe())
+            return train(case, network, self.recipe())
         return Claim(network=network)

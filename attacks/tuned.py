@@ -70,7 +70,7 @@ class Tuned(Attack):
 
         training, validation = self.split(case)
         smaller = replace(case, labelled=training)
-        diverged, failure = case.meter.diverged, None
+        failure = None
         with _quiet():
             sampler = TPESampler(seed=case.seed % 2**32, n_startup_trials=max(1, min(10, self.trials // 3)))
             study = create_study(direction="maximize", sampler=sampler)
@@ -88,8 +88,6 @@ class Tuned(Attack):
                     study.tell(trial, state=TrialState.FAIL)
                 else:
                     study.tell(trial, rate)
-        # What a trial did is no reproach to the attack that follows.
-        case.meter.diverged = diverged
         if failure is not None and all(t.state is TrialState.FAIL for t in study.trials):
             raise failure
         return study.best_params

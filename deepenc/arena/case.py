@@ -141,10 +141,12 @@ class Claim:
             more likely a confusion channel. Sites left out count as not suspected at all.
         network: A network that does the victim's task. Where it is missing and the configuration is known,
             the arena removes the ΔC most suspect channels of each site and judges what is left.
+        diverged: Whether an optimisation ran into numbers that are not finite; the claim is from before.
     """
 
     scores: Mapping[str, Tensor] | None = None
     network: nn.Module | None = None
+    diverged: bool = False
 
 
 class Attack(Plugin):

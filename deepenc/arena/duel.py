@@ -15,7 +15,7 @@ from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.arena.plan import Task
 from deepenc.arena.record import Accuracy, Cost, Record
-from deepenc.arena.threat import Meter, Threat
+from deepenc.arena.threat import Meter, Threat, close
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.seeds import derive, isolated, number
@@ -51,7 +51,7 @@ def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
         return task.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
     except Exception:  # whatever an attack raises belongs into its cell, not into the run
         return task.record(state="failed", reason=traceback.format_exc(), cost=_cost(meter), **known)
-    return task.record(state="done", cost=_cost(meter), diverged=meter.diverged, **known, **measured)
+    return task.record(state="done", cost=_cost(meter), diverged=claim.diverged, **known, **measured)
 
 
 def fight(attack: Attack, case: Case, label: str) -> Claim:
@@ -63,7 +63,7 @@ def fight(attack: Attack, case: Case, label: str) -> Claim:
     """
     with case.meter.running():
         claim: Any = attack.attack(case)  # whatever it may be
-    case.meter.closed = True
+    close(case.meter)
     if not isinstance(claim, Claim) or (claim.scores is None and claim.network is None):
         got = "a claim of nothing" if isinstance(claim, Claim) else type(claim).__name__
         raise ClaimError(f"attack {label!r}: expected a Claim with scores, a network, or both; got {got}")

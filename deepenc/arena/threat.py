@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from deepenc.errors import OutOfBudget
+from deepenc.errors import ClaimError, OutOfBudget
 
 Budget = Literal[
     "labelled", "unlabelled", "samples", "steps", "key_fraction", "copies", "drift", "oracle", "trials"
@@ -118,77 +120,154 @@ class Needs(BaseModel):
         return Needs(**fields)
 
 
-@dataclass
+@dataclasses.dataclass(eq=False)
+class _Book:
+    """What a meter has counted. Kept apart from it: a case leads to its meter, but not to the book."""
+
+    threat: Threat
+    spent: dict[Spent, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(get_args(Spent), 0))
+    ceilings: list[dict[Spent, int]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    closed: bool = False
+
+
 class Meter:
     """Counts what an attack spends, and stops it at its budget.
 
-    The arena measures: samples are counted by a hook on the networks of the case (and on all copies made of
-    them), steps by a hook on torch's optimisers.
+    The arena measures: samples are counted by hooks on the networks of the case (and on all copies made of
+    them), steps by a hook on torch's optimisers. Whatever is read here cannot be written.
 
-    Attributes:
-        samples: Samples processed so far.
-        steps: Optimiser steps so far.
-        queries: Inputs that the authorised model answered.
-        trials: Settings or guesses tried out.
-        seconds: Wall time of the attack.
-        diverged: Whether an optimisation of the attack ran into numbers that are not finite, and went back.
-        closed: Whether the attack is over; what its networks do then, before the judge, costs nothing.
+    Args:
+        threat: Says what may be spent.
     """
 
-    threat: Threat
-    samples: int = 0
-    steps: int = 0
-    queries: int = 0
-    trials: int = 0
-    seconds: float = 0.0
-    diverged: bool = False
-    closed: bool = False
+    __slots__ = ("__weakref__",)
+
+    def __init__(self, threat: Threat) -> None:
+        _books[self] = _Book(threat.model_copy())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Meter:
+        """Copies of a case spend from one budget."""
+        return self
+
+    @property
+    def samples(self) -> int:
+        """Samples processed so far."""
+        return _books[self].spent["samples"]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps so far."""
+        return _books[self].spent["steps"]
+
+    @property
+    def queries(self) -> int:
+        """Inputs that the authorised model answered."""
+        return _books[self].spent["queries"]
+
+    @property
+    def trials(self) -> int:
+        """Settings or guesses tried out."""
+        return _books[self].spent["trials"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the attack."""
+        return _books[self].seconds
 
     def limit(self, what: Spent) -> int | None:
-        """How much the threat model allows in all; None is without limit."""
-        threat = self.threat
-        limits: dict[Spent, int | None] = {
+        """How much is allowed in all, by the threat model and by `limited`; None is without limit."""
+        book = _books[self]
+        threat = book.threat
+        allowed: dict[Spent, int | None] = {
             "samples": threat.samples,
             "steps": threat.steps,
             "queries": threat.oracle,
             "trials": threat.trials,
         }
-        return limits[what]
+        limits = [allowed[what], *(ceiling.get(what) for ceiling in book.ceilings)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def left(self, what: Spent) -> int | None:
         """How much may still be spent; None is without limit."""
         limit = self.limit(what)
-        return None if limit is None else limit - int(getattr(self, what))
+        return None if limit is None else limit - _books[self].spent[what]
 
     def charge(self, samples: int = 0, steps: int = 0, queries: int = 0, trials: int = 0) -> None:
         """Spend from the budget.
 
         Raises:
-            OutOfBudget: More is asked for than the threat model allows.
+            OutOfBudget: More is asked for than the threat model or a `limited` around allows.
+            ClaimError: Less than nothing is asked for.
         """
-        if self.closed:
+        book = _books[self]
+        if book.closed:
             return
         asked: dict[Spent, int] = {"samples": samples, "steps": steps, "queries": queries, "trials": trials}
         for what, more in asked.items():
+            if more < 0:
+                raise ClaimError(f"expected a charge >= 0, got {more} {what}; what is spent is spent")
             left = self.left(what)
             if more and left is not None and more > left:
-                used = int(getattr(self, what)) + more
                 raise OutOfBudget(
-                    f"threat {self.threat.name!r} allows {self.limit(what)} {what}; "
-                    f"the attack asked for {used}"
+                    f"threat {book.threat.name!r} allows {self.limit(what)} {what}; "
+                    f"the attack asked for {book.spent[what] + more}"
                 )
         for what, more in asked.items():
-            setattr(self, what, getattr(self, what) + more)
+            book.spent[what] += more
+
+    @contextmanager
+    def limited(self, **more: int | None) -> Iterator[Meter]:
+        """Allow less inside: a part of the budget for a part of the attack; limits may be nested.
+
+        Args:
+            **more: ``samples``, ``steps``, ``queries`` or ``trials`` to the most that may still be spent
+                inside; None sets no limit.
+        """
+        book = _books[self]
+        spent = {what: count for what, count in book.spent.items() if more.get(what) is not None}
+        ceiling = {what: count + int(more[what] or 0) for what, count in spent.items()}
+        book.ceilings.append(ceiling)
+        try:
+            yield self
+        finally:
+            book.ceilings = [other for other in book.ceilings if other is not ceiling]
 
     def watch(self, network: nn.Module) -> nn.Module:
-        """Count every sample that this network, or a deep copy of it, processes."""
+        """Count every sample that this network, or a deep copy of it, processes.
 
-        # A closure, not a bound method: deep copies of the network then share this very meter.
-        def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            batch = next((x for x in inputs if isinstance(x, torch.Tensor)), None)
-            self.charge(samples=1 if batch is None else int(batch.shape[0]))
+        Layers that are called on their own count too: together they have processed as many samples as the
+        one that was given most.
+        """
+        inside = 0
+        alone: Counter[str] = Counter()
 
-        network.register_forward_pre_hook(count)
+        # Closures, not bound methods: deep copies of the network then share this very meter.
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal inside
+            inside += 1
+            self.charge(samples=_count(args, kwargs))
+
+        def leave(*_: object) -> None:
+            nonlocal inside
+            inside -= 1
+
+        def inner(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if inside:
+                    return
+                most = max(alone.values(), default=0)
+                asked = alone[path] + _count(args, kwargs)
+                self.charge(samples=max(0, asked - most))
+                alone[path] = asked
+
+            return count
+
+        for path, module in network.named_modules():
+            if path:
+                module.register_forward_pre_hook(inner(path), with_kwargs=True)
+        network.register_forward_pre_hook(enter, with_kwargs=True)
+        network.register_forward_hook(leave, always_call=True)
         return network
 
     @contextmanager
@@ -200,4 +279,18 @@ class Meter:
             yield self
         finally:
             handle.remove()
-            self.seconds += time.perf_counter() - started
+            _books[self].seconds += time.perf_counter() - started
+
+
+_books: WeakKeyDictionary[Meter, _Book] = WeakKeyDictionary()
+
+
+def close(meter: Meter) -> None:
+    """For the arena, once the attack is over: what its networks do then, before the judge, costs nothing."""
+    _books[meter].closed = True
+
+
+def _count(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Samples in the arguments of a call: the length of the first tensor; 1 where there is none."""
+    batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()), None)
+    return 1 if batch is None else int(batch.shape[0])

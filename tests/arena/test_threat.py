@@ -1,10 +1,14 @@
 """Budgets are counted and held; a point of a curve differs from its threat model in one number."""
 
-import pytest
-from pydantic import ValidationError
+import copy
 
-from deepenc.arena.threat import Meter, Needs, Threat, point
-from deepenc.errors import OutOfBudget
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from deepenc.arena.threat import Meter, Needs, Threat, close, point
+from deepenc.errors import ClaimError, OutOfBudget
 
 THIEF = Threat(name="thief", labelled=500, steps=80)
 
@@ -53,6 +57,71 @@ def test_what_is_refused_is_not_charged():
     with pytest.raises(OutOfBudget):
         meter.charge(samples=3, queries=6)
     assert (meter.samples, meter.queries) == (0, 0)
+
+
+def test_what_is_spent_cannot_be_written():
+    meter = Meter(Threat(name="t", samples=5, trials=3))
+    meter.charge(samples=5)
+    for what in ("samples", "steps", "seconds", "threat", "closed"):
+        with pytest.raises(AttributeError):
+            setattr(meter, what, 0)
+    with pytest.raises(ClaimError, match="charge >= 0, got -5 samples"):
+        meter.charge(samples=-5)
+    assert (meter.samples, meter.left("samples"), copy.deepcopy(meter)) == (5, 0, meter)
+    close(meter)
+    meter.charge(samples=9)
+    assert meter.samples == 5
+
+
+def test_limits_may_be_nested_and_end_with_what_they_are_for():
+    meter = Meter(Threat(name="t", samples=10))
+    meter.charge(samples=2)
+    with meter.limited(samples=5, steps=1, trials=None):
+        assert (meter.left("samples"), meter.left("steps"), meter.left("trials")) == (5, 1, 0)
+        meter.charge(samples=1)
+        with meter.limited(samples=50):
+            assert meter.left("samples") == 4
+            with pytest.raises(OutOfBudget, match="allows 7 samples; the attack asked for 8"):
+                meter.charge(samples=5)
+        with pytest.raises(OutOfBudget), meter.limited(samples=1):
+            meter.charge(samples=2)
+        meter.charge(samples=4)
+    assert (meter.left("samples"), meter.left("steps")) == (3, None)
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2)
+
+    def forward(self, images):
+        if images.isnan().any():
+            raise ValueError("planted")
+        return self.head(self.body(self.stem(images)))
+
+
+def test_whole_networks_and_single_layers_are_counted_copies_too():
+    meter, images = Meter(Threat(name="t")), torch.zeros(8, 4)
+    network = meter.watch(Backbone())
+    network(images)
+    copy.deepcopy(network)(images=images[:5])
+    assert meter.samples == 13
+    # As a feature extractor does: every layer has seen the eight images once.
+    network.head(network.body(network.stem(images)))
+    assert meter.samples == 13 + 8
+    copy.deepcopy(network).body[0](images[:3])
+    assert meter.samples == 13 + 8 + 3
+    # A forward that fails is over all the same.
+    with pytest.raises(ValueError, match="planted"):
+        network(images / 0)
+    network.stem(images)
+    assert meter.samples == 13 + 8 + 3 + 8 + 5
+
+
+def test_single_layers_stop_at_the_budget():
+    network = Meter(Threat(name="t", samples=0)).watch(Backbone())
+    with pytest.raises(OutOfBudget):
+        network.stem(torch.zeros(8, 4))
 
 
 def test_needs_name_what_is_missing():

@@ -8,6 +8,7 @@ import torch
 from scipy.special import softmax
 
 from attacks.distill import Distill
+from deepenc.arena.case import Claim
 from deepenc.errors import ClaimError
 
 
@@ -69,7 +70,12 @@ def test_temperature_divides_both_models_outputs(plant, monkeypatch):
     planted = plant(unlabelled=8, oracle=8)
     case = planted.case
     given = {}
-    monkeypatch.setattr("attacks.distill.train", lambda case, network, recipe, images: given.update(locals()))
+
+    def train(case, network, recipe, images):
+        given.update(locals())
+        return Claim(network=network)
+
+    monkeypatch.setattr("attacks.distill.train", train)
     Distill(temperature=4).attack(case)
     with torch.no_grad():
         expected = softmax(planted.original(case.unlabelled).numpy() / 4, axis=1)

@@ -123,12 +123,11 @@ def test_prune_is_finite_where_all_is_zero(plant):
 @pytest.mark.parametrize("attack", [Finetune(steps=30, lr=1e30), Scratch(steps=30, lr=1e30)])
 def test_divergence_is_told(plant, attack):
     case = plant(labelled=40).case
-    network = attack.attack(case).network
-    assert case.meter.diverged
-    assert all(torch.isfinite(t).all() for t in network.state_dict().values())
+    claim = attack.attack(case)
+    assert claim.diverged
+    assert all(torch.isfinite(t).all() for t in claim.network.state_dict().values())
     healthy = plant(labelled=40).case
-    claimed(healthy)
-    assert not healthy.meter.diverged
+    assert not Finetune(steps=3).attack(healthy).diverged
 
 
 @pytest.mark.parametrize("budget", [{"steps": 0}, {"samples": 0}, {"samples": 39}])
@@ -173,7 +172,6 @@ def test_a_portion_of_what_is_left(plant):
     case.meter.charge(steps=2, samples=20)
     with portion(case, 4, reserve=8) as part:
         assert (part.meter.left("steps"), part.meter.left("samples")) == (2, 18)
-        assert part.threat.steps == 4
         with pytest.raises(OutOfBudget):
             part.meter.charge(samples=19)
         part.meter.charge(samples=18)

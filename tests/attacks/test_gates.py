@@ -180,7 +180,7 @@ def test_a_broken_network_is_claimed_as_it_is(plant):
         case.encrypted.linear.weight.fill_(torch.inf)
     claim = Gates().attack(case)
     checked_scores(claim.scores, case.sites, "test")
-    assert case.meter.diverged and same(claim.network, case.encrypted)
+    assert claim.diverged and same(claim.network, case.encrypted)
 
 
 class Attentive(nn.Module):

@@ -29,7 +29,9 @@ def folded(planted):
     """The planted case after folding; nothing is charged for that."""
     case = planted.case
     network = copy.deepcopy(case.encrypted)
-    network._forward_pre_hooks.clear()  # the meter's
+    for module in network.modules():
+        module._forward_pre_hooks.clear()  # the meter's
+        module._forward_hooks.clear()
     network = case.meter.watch(fold(network, case.example))
     norms = (Role.SCALE, Role.SHIFT, Role.MEAN, Role.VARIANCE)
     sites = tuple(replace(s, slots=tuple(x for x in s.slots if x.role not in norms)) for s in case.sites)
@@ -227,8 +229,8 @@ def test_without_budget_for_a_step_nothing_is_spent(plant, budget):
 
 def test_divergence_is_told_and_weights_stay_finite(plant):
     case = folded(plant(labelled=40)).case
-    network = Renormalise(steps=30, lr=1e30).attack(case).network
-    assert case.meter.diverged and all(torch.isfinite(t).all() for t in network.state_dict().values())
+    claim = Renormalise(steps=30, lr=1e30).attack(case)
+    assert claim.diverged and all(torch.isfinite(t).all() for t in claim.network.state_dict().values())
 
 
 def test_equal_seeds_equal_claims_and_global_generators_stay(plant):

@@ -111,7 +111,7 @@ def test_trials_share_the_steps(plant):
         Tuned(of=Finetune(steps=50), space={"lr": [0.01, 0.1]}, trials=3).attack(case)
     # 14 // 4, 11 // 3, 8 // 2, and what is left.
     assert case.meter.steps == 14 and case.meter.samples == (3 + 3 + 4) * 32 + 3 * 8 + 4 * 40
-    assert case.meter.threat == case.threat
+    assert case.meter.limit("steps") == case.threat.steps
 
 
 def test_trials_share_the_samples_and_leave_enough_to_judge(plant):
@@ -164,12 +164,11 @@ def test_a_detector_is_judged_by_what_is_left_after_removal(plant):
 
 
 def test_a_trial_that_diverged_is_no_mark_on_the_attack(plant):
-    case = plant(harmful, labelled=40, trials=4).case
+    case = plant(harmful, labelled=40, trials=8).case
     attack = Tuned(of=Finetune(steps=20, lr=1e30), space={"lr": [1e30, 0.01]}, trials=4)
-    assert attack.best(case) == {"lr": 0.01} and not case.meter.diverged
+    assert attack.best(case) == {"lr": 0.01} and not attack.attack(case).diverged
     case = plant(labelled=40, trials=1).case
-    Tuned(of=Finetune(steps=5, lr=1e30), space={"lr": [1e30]}, trials=1).attack(case)
-    assert case.meter.diverged
+    assert Tuned(of=Finetune(steps=5, lr=1e30), space={"lr": [1e30]}, trials=1).attack(case).diverged
 
 
 def test_repeatable_and_quiet(plant, capfd):

@@ -16,7 +16,7 @@ from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watche
 from deepenc.arena.checks.pry import pry
 from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection, most_suspect
-from deepenc.arena.threat import Threat
+from deepenc.arena.threat import Threat, close
 from deepenc.encryption.defense import Defense, Hardening, Neurons, Original, Placement, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
 from deepenc.encryption.tensors import tensors_of
@@ -180,7 +180,7 @@ def _tight_lipped(defense: Defense) -> None:
         forged = sum(len(chosen) for chosen in encryption.key.positions.values())
         truth.append((forged, sum(site.width for site in case.sites) - forged))
         suspects = most_suspect(array, encryption.key.configuration) if found.anything else {}
-        case.meter.closed = True
+        close(case.meter)
         with torch.no_grad():
             kept = case.encrypted(images.inputs).argmax(1) == images.labels
             pried = case.remove(suspects).eval()(images.inputs).argmax(1) == images.labels

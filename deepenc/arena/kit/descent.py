@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from deepenc.arena.case import Case
+
+
+class Descent(NamedTuple):
+    """How a descent went."""
+
+    steps: int
+    diverged: bool
 
 
 def descend(
@@ -19,11 +27,11 @@ def descend(
     steps: int,
     lr: float,
     optimizer: Callable[..., Optimizer] = Adam,
-) -> int:
+) -> Descent:
     """Minimise a loss in place.
 
-    Where the loss or the parameters are not finite, the last finite parameters come back, and the case's
-    meter says that the attack diverged. Gradients flow to the given parameters only; none are left behind.
+    Where the loss or the parameters are not finite, the last finite parameters come back. Gradients flow to
+    the given parameters only; none are left behind.
 
     Args:
         case: Its budget cuts the steps.
@@ -34,7 +42,7 @@ def descend(
         optimizer: Class of torch's optimisers.
 
     Returns:
-        Steps taken.
+        Steps taken, and whether the descent diverged.
 
     Raises:
         OutOfBudget: The loss needs more samples than the threat model allows.
@@ -53,23 +61,22 @@ def descend(
                 value = loss()
                 gradients = torch.autograd.grad(value, tuned, allow_unused=True)
             if not bool(value.isfinite()):
-                return _back(case, tuned, finite, step)
+                return _back(tuned, finite, step)
             for p, kept, gradient in zip(tuned, finite, gradients, strict=True):
                 kept.copy_(p.detach())
                 p.grad = gradient
             descent.step()
             if not all(bool(p.isfinite().all()) for p in tuned):
-                return _back(case, tuned, finite, step)
+                return _back(tuned, finite, step)
     finally:
         for p, grad in zip(tuned, wanted, strict=True):
             p.grad = None
             p.requires_grad_(grad)
-    return steps
+    return Descent(steps, diverged=False)
 
 
-def _back(case: Case, tuned: list[Tensor], finite: list[Tensor], step: int) -> int:
-    case.meter.diverged = True
+def _back(tuned: list[Tensor], finite: list[Tensor], step: int) -> Descent:
     with torch.no_grad():
         for p, kept in zip(tuned, finite, strict=True):
             p.copy_(kept)
-    return step
+    return Descent(step, diverged=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 from pydantic import Field
 from torch import nn
 
-from deepenc.arena.case import Attack, Case
+from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit
@@ -24,11 +23,11 @@ def train(
     images: Images | None = None,
     groups: Mapping[str, float] | None = None,
     l1: Mapping[str, float] | None = None,
-) -> nn.Module:
+) -> Claim:
     """Train a network in place with the case's seed.
 
     The recipe, its cosine included, is cut to the budget that is left; where nothing is left, the network
-    is as it was. Where the training diverges, the case's meter says so.
+    is as it was.
 
     Args:
         case: With at least one labelled image, or ``images`` are given.
@@ -39,12 +38,12 @@ def train(
         l1: Weights of absolute values in the loss, by parameter name (see `fit`).
 
     Returns:
-        The network, in eval mode, always with finite weights (see `fit`).
+        A claim of the network, in eval mode, always with finite weights (see `fit`); it says whether the
+        training diverged.
     """
     images = case.labelled if images is None else images
-    if not fit(network, images, affordable(case, recipe, images), case.generator(), groups, l1):
-        case.meter.diverged = True
-    return network
+    finite = fit(network, images, affordable(case, recipe, images), case.generator(), groups, l1)
+    return Claim(network=network, diverged=not finite)
 
 
 def affordable(case: Case, recipe: Recipe, images: Images) -> Recipe:
@@ -109,16 +108,11 @@ def portion(case: Case, runs: int, *, reserve: int = 0) -> Iterator[Case]:
         reserve: Samples to keep back before dividing.
 
     Yields:
-        The case with the smaller budget, on the same meter.
+        The case; its meter allows no more than the part inside.
     """
-    meter, whole = case.meter, case.meter.threat
-    cut: dict[str, int] = {}
-    if (steps := meter.left("steps")) is not None:
-        cut["steps"] = meter.steps + steps // runs
-    if (samples := meter.left("samples")) is not None:
-        cut["samples"] = meter.samples + max(0, samples - reserve) // runs
-    meter.threat = whole.model_copy(update=cut)
-    try:
-        yield replace(case, threat=meter.threat)
-    finally:
-        meter.threat = whole
+    steps, samples = case.meter.left("steps"), case.meter.left("samples")
+    with case.meter.limited(
+        steps=None if steps is None else steps // runs,
+        samples=None if samples is None else max(0, samples - reserve) // runs,
+    ):
+        yield case

@@ -176,10 +176,10 @@ class Clumsy(Good):
 
 
 class Wasteful(Good):
-    """Takes the meter off."""
+    """Sets the meter back."""
 
     def attack(self, case):
-        case.meter.samples += 5
+        case.meter.samples = 0
         return scores(case)
 
 
@@ -230,7 +230,7 @@ def test_a_good_attack_passes(attack):
         (Moody(), "same seed", "differ"),
         (Undeclared(), "says it needs", "needs"),
         (Clumsy(), "budget of nothing", "RuntimeError"),
-        (Wasteful(), "budget of nothing", "5 samples"),
+        (Wasteful(), "can be judged", "AttributeError"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Attack) else None,
 )
