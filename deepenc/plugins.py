@@ -311,10 +311,3 @@ def _import(module_name: str, path: Path) -> ModuleType:
         del sys.modules[module_name]
         raise PluginError(f"{path} does not import: {type(error).__name__}: {error}") from error
     return module
-
-
-def code_version(plugin: object) -> str:
-    """Hash of the source file that defines a plugin's class: results of other code are other results."""
-    source = inspect.getsourcefile(type(plugin))
-    content = Path(source).read_bytes() if source else b""
-    return hashlib.sha256(content).hexdigest()[:16]

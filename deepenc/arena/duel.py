@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,16 @@ from deepenc.arena.build import Encryption, build_case, fresh
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.arena.plan import Task
-from deepenc.arena.record import Accuracy, Cost, Record
+from deepenc.arena.provenance import Clock
+from deepenc.arena.record import Accuracy, Cost, Detection, Record
+from deepenc.arena.residue import Surroundings
 from deepenc.arena.threat import Meter, Threat, close
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.seeds import derive, isolated, number
 from deepenc.victims.victim import Images, Victim
+
+log = logging.getLogger(__name__)
 
 
 def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
@@ -29,29 +35,54 @@ def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
         task: Which.
         encryption: Gives the encrypted network; called only where the attack can be fought.
     """
-    cell = task.cell
-    attack, threat = cell.entry.attack, cell.threat
+    attack, threat = task.cell.entry.attack, task.cell.threat
     if missing := attack.needs.missing(threat):
         reason = f"threat {threat.name!r} does not give what the attack needs: {', '.join(missing)}"
         return task.record(state="unsupported", reason=reason)
-    meter = Meter(threat)
+    clock = Clock(task.device)
+    record = _begun(task, encryption)
+    return record.model_copy(update={"provenance": clock.provenance()})
+
+
+def _begun(task: Task, encryption: Callable[[], Encryption]) -> Record:
+    cell = task.cell
+    threat, label = cell.threat, cell.entry.label
+    surroundings = Surroundings()
+    meter: Meter | None = None
     known: dict[str, Any] = {}
     try:
         with isolated(number(derive(task.secret, "global generators")), task.device):
             encrypted = encryption()
+        known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
+        if lacking := _lacking(threat, encrypted.subject.victim):
+            return task.record(state="unsupported", reason=lacking, **known)
         with isolated(task.seed, task.device):
-            known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
-            if lacking := _lacking(threat, encrypted.subject.victim):
-                return task.record(state="unsupported", reason=lacking, **known)
             case = build_case(encrypted, threat, task.seed, task.leak_seed, torch.device(task.device))
             meter = case.meter
-            claim = fight(attack, case, cell.entry.label)
-            measured = measure(claim, case, encrypted, cell.entry.label, task.judge)
+            claim = fight(cell.entry.attack, case, label)
+        _restore(surroundings, label)
+        with isolated(task.seed, task.device):
+            measured = measure(claim, case, encrypted, label, task.judge)
     except OutOfBudget as error:
         return task.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
     except Exception:  # whatever an attack raises belongs into its cell, not into the run
         return task.record(state="failed", reason=traceback.format_exc(), cost=_cost(meter), **known)
-    return task.record(state="done", cost=_cost(meter), diverged=claim.diverged, **known, **measured)
+    finally:
+        _restore(surroundings, label)
+    return task.record(
+        state="done",
+        cost=_cost(meter),
+        diverged=claim.diverged,
+        **known,
+        accuracy=measured.accuracy,
+        removed=measured.removed,
+        detection=measured.detection,
+    )
+
+
+def _restore(surroundings: Surroundings, label: str) -> None:
+    if left := surroundings.restore():
+        log.warning("attack %r left behind: %s", label, ", ".join(left))
 
 
 def fight(attack: Attack, case: Case, label: str) -> Claim:
@@ -75,10 +106,23 @@ def fight(attack: Attack, case: Case, label: str) -> Claim:
     return claim
 
 
-def measure(
-    claim: Claim, case: Case, encrypted: Encryption, label: str, images: int | None
-) -> dict[str, Any]:
-    """Measure what a claim is worth: the fields of the record.
+@dataclass(frozen=True)
+class Measured:
+    """What a claim is worth; the fields are the record's.
+
+    Attributes:
+        accuracy: Of the claimed network, or of what the arena made of the claimed scores.
+        removed: Whether the arena made it.
+        detection: How good the claimed scores are.
+    """
+
+    accuracy: Accuracy | None = None
+    removed: bool = False
+    detection: Detection | None = None
+
+
+def measure(claim: Claim, case: Case, encrypted: Encryption, label: str, images: int | None) -> Measured:
+    """Measure what a claim is worth.
 
     Args:
         claim: The claim.
@@ -90,21 +134,19 @@ def measure(
     Raises:
         ClaimError: The claim does not have the form that can be judged.
     """
-    measured: dict[str, Any] = {}
-    network = claim.network
+    network, found, removed = claim.network, None, False
     if claim.scores is not None:
         scores = checked_scores(claim.scores, case.sites, label)
-        measured["detection"] = detection(scores, case.sites, encrypted.key.positions)
+        found = detection(scores, case.sites, encrypted.key.positions)
         if network is None and case.configuration is not None:
             # From a new copy: an attack that changed the network of its case claims only its scores.
             suspects = most_suspect(scores, case.configuration)
             layout = Layout(narrow_sites(case.sites, suspects), suspects)
-            network = remove(fresh(encrypted, case.device), layout)
-            measured["removed"] = True
+            network, removed = remove(fresh(encrypted, case.device), layout), True
+    accuracy = None
     if network is not None:
-        victim = encrypted.subject.victim
-        measured["accuracy"] = judged(network, victim, label, images, case.device)
-    return measured
+        accuracy = judged(network, encrypted.subject.victim, label, images, case.device)
+    return Measured(accuracy, removed, found)
 
 
 def judged(
@@ -136,7 +178,9 @@ def _lacking(threat: Threat, victim: Victim) -> str | None:
     )
 
 
-def _cost(meter: Meter) -> Cost:
+def _cost(meter: Meter | None) -> Cost:
+    if meter is None:  # it ended before the attack began
+        return Cost(samples=0, steps=0, seconds=0)
     return Cost(
         samples=meter.samples,
         steps=meter.steps,

@@ -12,11 +12,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepenc.arena.case import Attack
+from deepenc.arena.provenance import code_version, core_version
 from deepenc.arena.record import Record
 from deepenc.arena.threat import Budget, Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, PluginError
-from deepenc.plugins import code_version, get, names, parse, parts_of
+from deepenc.plugins import get, names, parse, parts_of
 from deepenc.seeds import Roots, derive, number
 from deepenc.victims.victim import VictimSource
 
@@ -177,26 +178,28 @@ class Cell:
     key: int
     repeat: int
 
-    def identity(self, victim_fingerprint: str, roots: Roots, judge: int | None) -> str:
+    def identity(self, victim_fingerprint: str, roots: Roots, judge: int | None, device: str) -> str:
         """Hash of all that the result depends on.
 
         Args:
             victim_fingerprint: Of the victim's weights and data.
             roots: The run's, from which keys and seeds are derived.
             judge: Judge's images at most.
+            device: ``"cpu"`` or ``"cuda"``.
         """
-        plugins = (*parts_of(self.entry.attack), *parts_of(self.defense))
+        plugins = (*parts_of(self.entry.attack), *parts_of(self.defense), self.victim)
         content = {
             "victim": [self.victim.spec(), victim_fingerprint],
             "defense": self.defense.spec(),
             "attack": [self.entry.label, self.entry.attack.spec()],
             "threat": self.threat.model_dump(),
-            "code": [code_version(plugin) for plugin in plugins],
+            "code": [core_version(), *(code_version(plugin) for plugin in plugins)],
             "key": self.key,
             "repeat": self.repeat,
             "secret": hashlib.sha256(self.secret(roots)).hexdigest(),
             "seeds": [self.attack_seed(roots), hashlib.sha256(b"%d" % self.leak_seed(roots)).hexdigest()],
             "judge": judge,
+            "device": device,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -247,7 +250,7 @@ class Task:
         """Derive everything from the run's roots; ``fingerprint`` is the victim's."""
         return cls(
             cell,
-            cell.identity(fingerprint, roots, judge),
+            cell.identity(fingerprint, roots, judge, device),
             cell.secret(roots),
             cell.attack_seed(roots),
             cell.leak_seed(roots),

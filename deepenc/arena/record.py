@@ -78,6 +78,34 @@ class Cost(_Part):
     seconds: float = Field(ge=0)
 
 
+class Provenance(_Part):
+    """What made a record. It is no part of a cell's identity, though numbers may differ a little with it.
+
+    Attributes:
+        deepenc: Version of the package.
+        commit: Of the working copy that it runs from, with ``-dirty`` where that was changed; None elsewhere.
+        torch: Version.
+        python: Version.
+        platform: Operating system.
+        processor: Model of the processor.
+        device: ``"cpu"``, or the accelerator's name.
+        threads: Torch's.
+        started: When the duel began, UTC (ISO 8601).
+        seconds: Wall time of the whole duel, the judge's part and an encryption made for it included.
+    """
+
+    deepenc: str
+    commit: str | None = None
+    torch: str
+    python: str
+    platform: str
+    processor: str
+    device: str
+    threads: int = Field(ge=1)
+    started: str
+    seconds: float = Field(ge=0)
+
+
 class Record(_Part):
     """The immutable result of a duel.
 
@@ -102,10 +130,11 @@ class Record(_Part):
         key_bits: Entropy of the key.
         diverged: Whether an optimisation of the attack ran into numbers that are not finite; what it claimed
             is from before.
+        provenance: Versions, machine and time; None where no duel was begun.
         unreliable: Why the attack failed its self-test; None where it passed, or none was made.
     """
 
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 3
     cell: str
     victim: str
     defense: str
@@ -124,4 +153,5 @@ class Record(_Part):
     memory: float | None = None
     key_bits: float | None = None
     diverged: bool = False
+    provenance: Provenance | None = None
     unreliable: str | None = None

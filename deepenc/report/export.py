@@ -9,10 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from deepenc.arena.record import Accuracy, Cost, Detection, Record
+from deepenc.arena.record import Accuracy, Cost, Detection, Provenance, Record
 from deepenc.errors import StoreError
 
-_PARTS: dict[str, type[BaseModel]] = {"accuracy": Accuracy, "detection": Detection, "cost": Cost}
+_PARTS: dict[str, type[BaseModel]] = {
+    "accuracy": Accuracy,
+    "detection": Detection,
+    "cost": Cost,
+    "provenance": Provenance,
+}
 
 COLUMNS = tuple(
     f"{field}_{part}" if part else field

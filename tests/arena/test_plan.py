@@ -59,7 +59,7 @@ def test_the_points_of_a_curve_share_the_seeds_of_their_threat():
     found = [c for c in cells(attacks=["norms", entry], keys=1) if c.defense.protects]
     root = Roots.of(bytes(32))
     assert len({c.attack_seed(root) for c in found}) == len({c.leak_seed(root) for c in found}) == 1
-    assert len({c.identity("v", root, None) for c in found}) == len(found)
+    assert len({c.identity("v", root, None, "cpu") for c in found}) == len(found)
 
 
 def test_the_spec_of_an_experiment_makes_an_equal_one():
@@ -87,8 +87,8 @@ def test_the_code_of_nested_plugins_is_part_of_a_cells_identity(monkeypatch):
 
     nested = {"name": "partial-key", "then": "norms"}
     (cell,) = [c for c in cells(attacks=[nested], keys=1) if c.entry.label == "partial-key"]
-    before = cell.identity("v", Roots.of(bytes(32)), None)
+    before = cell.identity("v", Roots.of(bytes(32)), None, "cpu")
     seen = []
     monkeypatch.setattr(module, "code_version", lambda plugin: seen.append(plugin.name) or "changed")
-    assert cell.identity("v", Roots.of(bytes(32)), None) != before
+    assert cell.identity("v", Roots.of(bytes(32)), None, "cpu") != before
     assert seen[:2] == ["partial-key", "norms"]

@@ -9,7 +9,7 @@ import torch
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.tiny import host_defense, tiny_subject
-from deepenc.arena.duel import fight, measure
+from deepenc.arena.duel import Measured, fight, measure
 from deepenc.arena.threat import Threat
 from deepenc.errors import OutOfBudget
 from deepenc.plugins import build, names
@@ -57,7 +57,7 @@ def test_one_class_alone(attack, encryption):
     case = case_for(attack, encryption)
     labels = torch.zeros_like(case.labelled.labels)
     case = dataclasses.replace(case, labelled=Images(case.labelled.inputs, labels))
-    assert judged(attack, case, encryption)
+    assert judged(attack, case, encryption) != Measured()
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -66,13 +66,13 @@ def test_images_that_are_all_zero(attack, encryption):
     labelled = Images(torch.zeros_like(case.labelled.inputs), case.labelled.labels)
     case = dataclasses.replace(case, labelled=labelled, unlabelled=torch.zeros_like(case.unlabelled))
     measured = judged(attack, case, encryption)
-    assert "detection" in measured or measured["accuracy"].unreadable == 0
+    assert measured.detection is not None or measured.accuracy.unreadable == 0
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_no_steps_still_end_in_a_claim(attack, encryption):
     case = case_for(attack, encryption, steps=0)
-    assert judged(attack, case, encryption) and case.meter.steps == 0
+    assert judged(attack, case, encryption) != Measured() and case.meter.steps == 0
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)

@@ -92,7 +92,7 @@ class Bench:
         """The claim's form is right: the measurement itself complains where it is not."""
         claim = self.first
         measured = measure(claim, self.case_of_first, self.encryption, self.attack.name, 64)
-        unreadable = measured["accuracy"].unreadable if "accuracy" in measured else 0
+        unreadable = 0 if measured.accuracy is None else measured.accuracy.unreadable
         if unreadable:
             raise Broken(f"the claimed network gives NaN for {unreadable} of 64 images")
 

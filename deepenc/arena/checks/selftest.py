@@ -22,7 +22,7 @@ from deepenc.arena.checks.planted import (
     planted_subject,
     random_subject,
 )
-from deepenc.arena.duel import fight, measure
+from deepenc.arena.duel import Measured, fight, measure
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.seeds import isolated
@@ -70,11 +70,9 @@ def _planted(attack: Attack, tell: Weakness) -> str | None:
     threat = _threat(attack)
     encryption = _encryption(tell, threat.labelled + threat.unlabelled)
     got, steps = _fought(attack, encryption, threat)
-    found, accuracy = got.get("detection"), got.get("accuracy")
+    found, accuracy = got.detection, got.accuracy
     before = _rate(encryption)
-    repaired = (
-        accuracy is not None and not got.get("removed") and accuracy.rate - before >= REPAIRED * (1 - before)
-    )
+    repaired = accuracy is not None and not got.removed and accuracy.rate - before >= REPAIRED * (1 - before)
     if repaired or (found is not None and found.auc >= SEEN):
         return _falling(attack, encryption, threat, got, steps)
     seen = f"AUC {found.auc:.2f}" if found is not None else ""
@@ -82,15 +80,13 @@ def _planted(attack: Attack, tell: Weakness) -> str | None:
     return f"on the planted weakness {tell!r} it got no further than {seen or left}"
 
 
-def _falling(
-    attack: Attack, encryption: Encryption, threat: Threat, got: dict[str, Any], steps: int
-) -> str | None:
+def _falling(attack: Attack, encryption: Encryption, threat: Threat, got: Measured, steps: int) -> str | None:
     """Whether an attack that takes steps does better with a few of them than with all."""
-    if not steps or "accuracy" not in got:
+    if not steps or got.accuracy is None:
         return None
     few = max(1, steps // 8)
     less, _ = _fought(attack, encryption, threat.model_copy(update={"steps": few}))
-    fall = less["accuracy"].rate - got["accuracy"].rate
+    fall = (less.accuracy.rate if less.accuracy is not None else 0.0) - got.accuracy.rate
     if fall <= FALL:
         return None
     return f"with {steps} steps it does worse than with {few}: accuracy falls by {fall:.2f}"
@@ -112,13 +108,13 @@ def _blind(attack: Attack) -> str | None:
         return None  # these tell of the key, and are meant to
     threat = _threat(attack)
     encryption = _random_encryption(threat.labelled + threat.unlabelled)
-    found = _fought(attack, encryption, threat)[0].get("detection")
+    found = _fought(attack, encryption, threat)[0].detection
     if found is None or abs(found.auc - 0.5) <= DEVIATIONS * _deviation(encryption):
         return None
     return f"where nothing can be known, it claims to know it: AUC {found.auc:.2f}"
 
 
-def _fought(attack: Attack, encryption: Encryption, threat: Threat) -> tuple[dict[str, Any], int]:
+def _fought(attack: Attack, encryption: Encryption, threat: Threat) -> tuple[Measured, int]:
     """What was measured, and the steps that the attack took."""
     with isolated(SEED):
         case = build_case(encryption, threat, SEED, SEED + 1, CPU)

@@ -133,7 +133,7 @@ def records(folder):
 
 
 def comparable(folder):
-    return [record.model_copy(update={"cost": None}) for record in records(folder)]
+    return [record.model_copy(update={"cost": None, "provenance": None}) for record in records(folder)]
 
 
 class Watcher:
