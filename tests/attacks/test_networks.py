@@ -56,11 +56,11 @@ def test_recalibrate_sets_the_statistics_of_its_images(plant):
     planted = plant(unlabelled=40)
     case = planted.case
     network = Recalibrate(images=32).attack(case).network
+    assert case.meter.samples == 32
     maps = network.conv1(case.unlabelled[:32]).detach().double()
     assert torch.allclose(network.bn1.running_mean.double(), maps.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(network.bn1.running_var.double(), maps.var((0, 2, 3)), atol=1e-5)
     assert network.bn1.momentum == case.encrypted.bn1.momentum == 0.1
-    assert case.meter.samples == 32
 
 
 def test_recalibrate_averages_over_chunks(plant):

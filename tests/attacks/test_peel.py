@@ -136,9 +136,10 @@ def test_without_the_configuration_it_says_what_it_needs():
 
 def test_over_budget_it_is_stopped_and_leaves_nothing_behind():
     case, _ = damaged(samples=20)
+    before = [len(m._forward_hooks) for m in case.encrypted.modules()]  # the meter's
     with pytest.raises(OutOfBudget):
         Peel(images=32).attack(case)
-    assert not any(m._forward_hooks for m in case.encrypted.modules())
+    assert [len(m._forward_hooks) for m in case.encrypted.modules()] == before
 
 
 def test_the_case_stays_and_the_claim_repeats():
