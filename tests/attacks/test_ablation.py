@@ -119,7 +119,7 @@ def test_alike_channels_are_not_told_apart(objective):
     threat = Threat(name="test", labelled=16, unlabelled=16)
     case = build_case(encryption, threat, 1, 2, torch.device("cpu"))
     attack = Ablation(objective=objective, images=16)
-    auc = measure(attack.attack(case), case, encryption, "test", 10)["detection"].auc
+    auc = measure(attack.attack(case), case, encryption, "test", 10).detection.auc
     assert 0.35 < auc < 0.65  # 72 among 96 channels: four deviations
 
 

@@ -88,7 +88,7 @@ def test_alike_channels_are_not_told_apart(statistic):
     threat = Threat(name="test", labelled=16, unlabelled=16)
     case = build_case(encryption, threat, 1, 2, torch.device("cpu"))
     claim = Activations(statistic=statistic, images=16).attack(case)
-    auc = measure(claim, case, encryption, "test", 10)["detection"].auc
+    auc = measure(claim, case, encryption, "test", 10).detection.auc
     assert 0.35 < auc < 0.65  # 72 among 96 channels: four deviations
 
 

@@ -94,7 +94,7 @@ def test_alike_channels_are_not_told_apart(objective):
     encryption = Encryption.of(random_subject(64), defense, bytes(32))
     case = build_case(encryption, Threat(name="test", labelled=32, unlabelled=32), 1, 2, CPU)
     claim = Gates(objective=objective, steps=15).attack(case)
-    auc = measure(claim, case, encryption, "test", 10)["detection"].auc
+    auc = measure(claim, case, encryption, "test", 10).detection.auc
     assert 0.35 < auc < 0.65  # 72 among 96 channels: four deviations
 
 
@@ -215,7 +215,7 @@ def test_attention_and_linear_sites_are_repaired():
     with torch.no_grad():
         before = float((case.encrypted(parts[2].inputs).argmax(1) == parts[2].labels).float().mean())
     measured = measure(Gates(tie=0.01).attack(case), case, encryption, "test", None)
-    assert measured["accuracy"].rate > before + 0.5 * (1 - before)
+    assert measured.accuracy.rate > before + 0.5 * (1 - before)
 
 
 @pytest.mark.parametrize("attack", [Gates(steps=3), Gates(steps=3, freeze_norms=False, form="hard-concrete")])

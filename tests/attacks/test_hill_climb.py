@@ -41,7 +41,7 @@ def test_a_small_key_is_found_by_trying_all():
     case, encryption = damaged()
     claim = HillClimb(images=32, trials=10**4).attack(case)
     measured = measure(claim, case, encryption, "test", None)
-    assert measured["detection"].exact_sites == 3
+    assert measured.detection.exact_sites == 3
     every = [math.comb(site.width, 2) for site in case.sites]
     assert case.meter.trials == sum(every)  # the sum of the searches, not the product
 
@@ -49,7 +49,7 @@ def test_a_small_key_is_found_by_trying_all():
 def test_swaps_find_what_is_too_large_to_enumerate():
     case, encryption = damaged()
     claim = HillClimb(images=32, enumerate_below=0, trials=6000).attack(case)
-    assert measure(claim, case, encryption, "test", None)["detection"].auc >= 0.99
+    assert measure(claim, case, encryption, "test", None).detection.auc >= 0.99
     assert case.meter.trials == 6000
 
 

@@ -38,8 +38,8 @@ def test_harmful_channels_are_found_and_the_victim_comes_back(seed, images):
     case, encryption = damaged(seed=seed)
     claim = Peel(images=images).attack(case)
     measured = measure(claim, case, encryption, "peel", None)
-    assert measured["detection"].auc >= 0.99
-    assert measured["accuracy"].rate > (0.9 if images == 64 else 0.8)
+    assert measured.detection.auc >= 0.99
+    assert measured.accuracy.rate > (0.9 if images == 64 else 0.8)
     assert case.meter.samples == images + 2
 
 

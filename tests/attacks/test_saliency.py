@@ -96,7 +96,7 @@ def test_alike_channels_are_not_told_apart(objective):
     encryption = Encryption.of(random_subject(64), defense, bytes(32))
     case = build_case(encryption, Threat(name="test", labelled=32, unlabelled=32), 1, 2, CPU)
     claim = Saliency(objective=objective).attack(case)
-    auc = measure(claim, case, encryption, "test", 10)["detection"].auc
+    auc = measure(claim, case, encryption, "test", 10).detection.auc
     assert 0.35 < auc < 0.65  # 72 among 96 channels: four deviations
 
 
@@ -104,7 +104,7 @@ def test_more_than_chance_on_damage():
     encryption = Encryption.of(planted_subject(256), planted_defense("damage"), bytes(32))
     case = build_case(encryption, Threat(name="test", labelled=200), 1, 2, CPU)
     claim = Saliency().attack(case)
-    assert measure(claim, case, encryption, "test", 10)["detection"].auc > 0.65
+    assert measure(claim, case, encryption, "test", 10).detection.auc > 0.65
 
 
 def test_a_broken_network_and_a_single_class_are_scored(plant):
