@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,6 +66,9 @@ class Encryption:
     key: Key
     memory: float
     secret: bytes = field(repr=False)
+    _further: dict[tuple[int, int], tuple[Encryption, ...]] = field(
+        default_factory=dict, repr=False, init=False
+    )
 
     @classmethod
     def of(cls, subject: Subject, defense: Defense, secret: bytes) -> Encryption:
@@ -118,31 +120,33 @@ class Encryption:
         )
         return self._made(subject, self.defense, network, key, secret)
 
+    def releases(self, count: int, drift: int) -> tuple[Encryption, ...]:
+        """Further releases of the same model, each under a key of its own, or following the one before.
 
-@lru_cache(maxsize=2)  # several attacks on one encryption hold the same further releases
-def releases(encryption: Encryption, count: int, drift: int) -> tuple[Encryption, ...]:
-    """Further releases of the same model, each under a key of its own, or following the one before.
+        The latest are kept, and go with this release: several attacks on it hold the same.
 
-    Args:
-        encryption: The release that is attacked.
-        count: How many.
-        drift: Optimiser steps by which the owner fine-tuned the model before each, on the defender's images
-            (SGD, learning rate 0.01); each release goes on from the one before.
-    """
-    made: list[Encryption] = []
-    victim, last = encryption.subject.victim, encryption
-    for index in range(count):
-        secret = derive(encryption.secret, "release", index)
-        if drift:
-            model = _plain_copy(victim.model, torch.device("cpu"))
-            generator = torch.Generator().manual_seed(number(derive(secret, "drift")))
-            recipe = Recipe(steps=drift, lr=0.01, final_lr=0.01)
-            train(model, victim.defender, recipe, generator)
-            victim = replace(victim, model=model)
-        subject = Subject(victim, encryption.subject.sites)
-        last = last.again(subject, secret)
-        made.append(last)
-    return tuple(made)
+        Args:
+            count: How many.
+            drift: Optimiser steps by which the owner fine-tuned the model before each, on the defender's
+                images (SGD, learning rate 0.01); each release goes on from the one before.
+        """
+        if count and (count, drift) not in self._further:
+            self._further.clear()
+            self._further[count, drift] = tuple(self._successors(count, drift))
+        return self._further[count, drift] if count else ()
+
+    def _successors(self, count: int, drift: int) -> Iterator[Encryption]:
+        victim, last = self.subject.victim, self
+        for index in range(count):
+            secret = derive(self.secret, "release", index)
+            if drift:
+                model = _plain_copy(victim.model, torch.device("cpu"))
+                generator = torch.Generator().manual_seed(number(derive(secret, "drift")))
+                recipe = Recipe(steps=drift, lr=0.01, final_lr=0.01)
+                train(model, victim.defender, recipe, generator)
+                victim = replace(victim, model=model)
+            last = last.again(Subject(victim, self.subject.sites), secret)
+            yield last
 
 
 def fresh(encryption: Encryption, device: torch.device) -> nn.Module:
@@ -210,7 +214,7 @@ def build_case(
         oracle=Oracle(victim.model, device, meter) if threat.oracle else None,
         copies=tuple(
             _release(other, threat, device, meter)
-            for other in releases(encryption, threat.copies, threat.drift)
+            for other in encryption.releases(threat.copies, threat.drift)
         ),
     )
 

@@ -1,7 +1,9 @@
 """What a case holds beside the encrypted network: further releases, a public network, an oracle."""
 
 import copy
+import dataclasses
 import gc
+import weakref
 
 import pytest
 import torch
@@ -108,6 +110,20 @@ def test_an_oracle_that_nobody_holds_lets_go_of_its_model():
     del oracle
     gc.collect()
     assert number not in oracle_module._authorised
+
+
+def test_further_releases_are_made_once_and_go_with_the_release(encryption, monkeypatch):
+    made = []
+    again = Encryption.again
+    monkeypatch.setattr(Encryption, "again", lambda *arguments: made.append(1) or again(*arguments))
+    own = dataclasses.replace(encryption)
+    case_of(own)
+    assert own.releases(0, 0) == () and not made
+    assert own.releases(2, 0) is own.releases(2, 0) and len(made) == 2
+    watched = weakref.ref(own.releases(2, 0)[0])
+    del own
+    gc.collect()
+    assert watched() is None
 
 
 def test_the_case_without_some_channels(encryption):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepenc.arena.build import Encryption, releases
+from deepenc.arena.build import Encryption
 from deepenc.arena.checks.tiny import Noise, TwoEach, host_defense, tiny_subject
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import decrypt, encrypt, reshelter
@@ -76,7 +76,7 @@ def test_what_two_releases_tell(step: Drift | None, told: bool) -> None:
     """Redrawn, the confusion channels are those that are in one release only; moved, they are in both."""
     subject = tiny_subject()
     encryption = Encryption.of(subject, host_defense(hardening=step), hashlib.sha256(b"x").digest())
-    (other,) = releases(encryption, 1, 20)
+    (other,) = encryption.releases(1, 20)
     one, two = encryption.tensors, other.tensors
     for site in subject.sites:
         rows, others = (state[f"{site.name}.weight"].flatten(2) for state in (one, two))
