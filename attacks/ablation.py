@@ -14,7 +14,6 @@ from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.kit.unlabelled import inconsistency, information
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError
 from deepenc.network.gates import gated_slots
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
@@ -66,21 +65,20 @@ class Ablation(Attack):
         measure = self._objective(network, inputs, case.labelled.labels[: self.images])
         if self.mode == "single":
             return Claim(scores={site.name: falls(network, site, measure) for site in case.sites})
-        if case.configuration is None:
-            raise ClaimError("greedy ablation needs `configuration: true` in the threat model")
+        counts = case.counts()
         scores: dict[str, Tensor] = {}
         gone: dict[str, list[int]] = {site.name: [] for site in case.sites}
         open_sites = list(case.sites)
         while open_sites:
             scores |= {site.name: falls(network, site, measure, gone[site.name]) for site in open_sites}
             for site in open_sites:
-                missing = case.configuration.get(site.name, 0) - len(gone[site.name])
+                missing = counts.get(site.name, 0) - len(gone[site.name])
                 order = scores[site.name].argsort(descending=True, stable=True).tolist()
                 worst = [channel for channel in order if channel not in gone[site.name]]
                 worst = worst[: min(missing, self.per_round)]
                 silence(network, site, worst)
                 gone[site.name] += worst
-            open_sites = [s for s in open_sites if len(gone[s.name]) < case.configuration.get(s.name, 0)]
+            open_sites = [s for s in open_sites if len(gone[s.name]) < counts.get(s.name, 0)]
             if self.recalibrate and open_sites:
                 reestimate(network, inputs)
         return Claim(scores={name: ranked(found, gone[name]) for name, found in scores.items()})

@@ -13,6 +13,7 @@ from deepenc.arena.case import Case, Claim
 from deepenc.arena.kit import groups
 from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.errors import ClaimError
+from deepenc.network.initial import resetting, seeded
 
 
 class Finetune(TrainedAttack):
@@ -84,9 +85,8 @@ def head_of(network: nn.Module, classes: int) -> str:
 
 
 def renew(network: nn.Module, path: str, seed: int) -> None:
-    """Initialise a layer anew, as torch does; the global generators stay as they are."""
+    """Initialise a layer again, as torch does; the global generators stay as they are."""
     layer = network.get_submodule(path)
-    tensor = next(layer.parameters())
-    with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
-        torch.manual_seed(seed)
-        layer.reset_parameters()  # type: ignore[operator]  # linear and convolutional layers have it
+    with seeded(seed, layer.parameters()):
+        if (reset := resetting(layer)) is not None:
+            reset()

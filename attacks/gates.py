@@ -31,7 +31,7 @@ class Gates(Attack):
     A gate multiplies what its channel passes on; all weights stay. The gated network is the repaired one,
     and the gates are scores. The logarithm of the objective is minimised, by steps of Adam that shrink with
     a slope below `damping`: a few ruinous channels are then shut first, one after the other, and gates that
-    hardly matter stay where they are instead of learning the images by heart.
+    hardly matter stay where they are instead of memorising the images.
     """
 
     name: ClassVar[str] = "gates"
@@ -42,7 +42,7 @@ class Gates(Attack):
     of their mean (InfoMax), or how far batches' statistics are from those that BatchNorm stores."""
     form: Literal["linear", "sigmoid", "hard-concrete"] = "linear"
     """What is learned: the gate; a number that a sigmoid makes a gate; or one that gives the odds of a gate
-    that is drawn anew in every step, and is often 0 or 1."""
+    that is drawn again in every step, and is often 0 or 1."""
     start: float = Field(1.0, gt=0)
     """Of all gates; but for linear ones at most 0.95, where they can still move."""
     sparsity: float = Field(0.0, ge=0)
@@ -59,7 +59,7 @@ class Gates(Attack):
     """Images per step."""
     freeze_norms: bool = True
     """Whether BatchNorm uses its stored statistics; else those of each batch, and in the end all are
-    measured anew."""
+    re-estimated."""
     keep: Literal["soft", "hard"] = "soft"
     """Claim the gated network; or the scores alone, for the arena to remove the ΔC most suspect channels of
     each site, and where ΔC is withheld the network without the channels whose gates are below `threshold`."""
@@ -78,12 +78,11 @@ class Gates(Attack):
         gated = Gated(case.copy(), case.sites)
         reserve = len(every) if renewed and self.keep == "soft" else 0
         taken, diverged = self._learn(case, gated, reserve)
-        gates = {name: gate.detach() for name, gate in gated.gates.items()}
-        scores = {name: -gate.double().cpu() for name, gate in gates.items()}
+        scores = {name: -gate.detach().double().cpu() for name, gate in gated.gates.items()}
         if not taken:
             return Claim(scores=scores, network=case.copy(), diverged=diverged)
         if self.keep == "hard":
-            pruned = case.remove(closed(gates, self.threshold)) if case.configuration is None else None
+            pruned = case.remove(gated.closed(self.threshold)) if case.configuration is None else None
             return Claim(scores=scores, network=pruned, diverged=diverged)
         network = gated.baked()
         if renewed:
@@ -150,12 +149,3 @@ class Gates(Attack):
         if self.form == "hard-concrete":
             size = (torch.cat(list(learned.values())) - TEMPERATURE * math.log(-LOWEST / HIGHEST)).sigmoid()
         return self.sparsity * size.sum() + self.tie * (1 - every).abs().sum()
-
-
-def closed(gates: Mapping[str, Tensor], threshold: float) -> dict[str, tuple[int, ...]]:
-    """Channels whose gates are below a share of their site's median; of every site at least one stays."""
-    chosen = {}
-    for name, gate in gates.items():
-        shut = (gate < threshold * gate.median().clamp_min(SMALL)) & (gate < gate.max())
-        chosen[name] = tuple(shut.nonzero().flatten().tolist())
-    return chosen

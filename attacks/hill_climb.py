@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from deepenc.analysis.consistency import Evidence, decode
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
@@ -63,8 +62,7 @@ class HillClimb(Attack):
         return Claim(scores={name: (~kept).double().cpu() for name, kept in key.items()})
 
     def _first(self, case: Case, rng: np.random.Generator) -> Key:
-        if case.configuration is None:
-            raise ClaimError("hill-climb needs `configuration: true` in the threat model")
+        counts = case.counts()
         scores = None if self.start is None else self.start.attack(case).scores
         key = {}
         for site in case.sites:
@@ -73,7 +71,7 @@ class HillClimb(Attack):
                 guess = scores[site.name].double().cpu()
             kept = torch.ones(site.width, dtype=torch.bool)
             order = guess.argsort(descending=True, stable=True)
-            kept[order[: min(case.configuration.get(site.name, 0), site.width - 1)]] = False
+            kept[order[: min(counts.get(site.name, 0), site.width - 1)]] = False
             key[site.name] = kept
         return key
 

@@ -17,7 +17,6 @@ from sklearn.mixture import GaussianMixture
 from deepenc.analysis.features import NAMES, Table, features, standardised
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError
 from deepenc.network.structure import named_tensors
 
 Values = NDArray[np.float64]
@@ -55,13 +54,12 @@ class Mixture(Attack):
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
-        if case.configuration is None:
-            raise ClaimError("mixture needs ΔC per site: `configuration: true` in the threat model")
+        counts = case.counts()
         tables = features(named_tensors(case.encrypted), case.sites, self.features)
         alive = np.concatenate([table.alive.numpy() for table in tables.values()])
         odds = np.zeros(len(alive))
         if alive.any():
-            weight = sum(case.configuration.values()) / int(alive.sum())
+            weight = sum(counts.values()) / int(alive.sum())
             odds[alive] = self._odds(side_by_side(tables)[alive], weight, case.seed)
             odds[~alive] = odds.min()
         cuts = np.cumsum([len(table.values) for table in tables.values()])[:-1]

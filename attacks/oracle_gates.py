@@ -103,8 +103,7 @@ def real_channels(case: Case) -> dict[str, int | None]:
     """How many channels of each site are real, None where that is withheld; sites without others left out."""
     if case.configuration is None:
         return {site.name: None for site in case.sites}
-    counts = {site.name: case.configuration.get(site.name, 0) for site in case.sites}
-    return {site.name: site.width - n for site in case.sites if (n := counts[site.name])}
+    return {site.name: site.width - n for site in case.sites if (n := case.configuration.get(site.name))}
 
 
 def mask(logit: Tensor, real: int | None) -> Tensor:

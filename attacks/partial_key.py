@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError
 
 Channels = Mapping[str, tuple[int, ...]]
 
@@ -60,14 +59,12 @@ def with_guesses(case: Case) -> dict[str, tuple[int, ...]]:
     Raises:
         ClaimError: The threat model withholds how many there are.
     """
-    if case.configuration is None:
-        raise ClaimError("removing the rest at random needs `configuration: true` in the threat model")
-    generator = case.generator()
+    generator, counts = case.generator(), case.counts()
     channels = {}
     for site in case.sites:
         known = case.known.get(site.name, ())
         others = torch.tensor([c for c in range(site.width) if c not in set(known)])
-        missing = case.configuration.get(site.name, 0) - len(known)
+        missing = counts.get(site.name, 0) - len(known)
         guessed = others[torch.randperm(len(others), generator=generator)[:missing]]
         channels[site.name] = tuple(sorted([*known, *guessed.tolist()]))
     return {name: chosen for name, chosen in channels.items() if chosen}

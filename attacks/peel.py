@@ -11,7 +11,6 @@ from torch import Tensor
 from deepenc.analysis.consistency import Evidence, decode
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError
 from deepenc.network.sites import Site
 
 
@@ -41,13 +40,11 @@ class Peel(Attack):
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
-        configuration = case.configuration
-        if configuration is None:
-            raise ClaimError("peel needs `configuration: true` in the threat model")
+        counts = case.counts()
         scores: dict[str, Tensor] = {}
 
         def solve(site: Site, evidence: Evidence) -> list[int]:
-            kept = peeled(evidence, configuration.get(site.name, 0))
+            kept = peeled(evidence, counts.get(site.name, 0))
             kept = swapped(evidence, kept, self.swaps)
             scores[site.name] = suspicion(evidence, kept).cpu()
             return (~kept).nonzero().flatten().tolist()

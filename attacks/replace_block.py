@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from deepenc.arena.case import Case, Claim
 from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.encryption.cost.allocation import Patterns, select
+from deepenc.network.initial import resetting, seeded
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors
 from deepenc.victims.recipe import Recipe
@@ -23,7 +23,7 @@ class ReplaceBlock(TrainedAttack):
     """Throw the first site, or any, away, and train a new one in its place.
 
     The paper's own warning: confusion channels that are all in the first block invite it. Whatever belongs
-    to the sites' channels, incoming and outgoing weights and normalisation, is initialised anew, at the
+    to the sites' channels, incoming and outgoing weights and normalisation, is initialised again, at the
     true width where the threat model tells it; then the new part is trained, then everything.
     """
 
@@ -70,7 +70,7 @@ class ReplaceBlock(TrainedAttack):
 
 
 def renew(network: nn.Module, sites: Sequence[Site], seed: int) -> None:
-    """Initialise all entries of sites anew, in place, as their layers do it themselves.
+    """Initialise all entries of sites again, in place, as their layers do it themselves.
 
     Args:
         network: The network.
@@ -78,26 +78,21 @@ def renew(network: nn.Module, sites: Sequence[Site], seed: int) -> None:
         seed: Of the initialisation; the global generators stay as they are.
     """
     tensors = named_tensors(network)
-    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-    with torch.random.fork_rng(list(devices)), torch.no_grad():
-        torch.manual_seed(seed)
-        fresh = {slot.tensor: anew(network, slot) for site in sites for slot in site.slots}
+    with seeded(seed, tensors.values()):
+        fresh = {slot.tensor: initial(network, slot) for site in sites for slot in site.slots}
         for site in sites:
             for slot in site.slots:
                 own, new = (slot.part(held[slot.tensor], site.width) for held in (tensors, fresh))
                 own.copy_(new)
 
 
-def anew(network: nn.Module, slot: Slot) -> Tensor:
+def initial(network: nn.Module, slot: Slot) -> Tensor:
     """A freshly initialised tensor for a slot's: by its layer, or as tensors of no layer usually are."""
-    path, _, own = slot.tensor.rpartition(".")
-    layer = network.get_submodule(path)
-    for name in ("reset_parameters", "_reset_parameters"):
-        if callable(getattr(layer, name, None)):
-            layer = copy.deepcopy(layer)
-            getattr(layer, name)()
-            return named_tensors(layer)[own]
-    tensor = torch.empty_like(named_tensors(layer)[own])
+    layer = copy.deepcopy(network.get_submodule(slot.module))
+    tensor = named_tensors(layer)[slot.tensor.removeprefix(f"{slot.module}.")]
+    if (reset := resetting(layer)) is not None:
+        reset()
+        return tensor
     if slot.role in (Role.SCALE, Role.VARIANCE):
         return tensor.fill_(1)
     return nn.init.trunc_normal_(tensor, std=0.02, a=-0.04, b=0.04)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from deepenc.encryption.encrypt import encrypt, reshelter
 from deepenc.encryption.keys.key import Key
 from deepenc.encryption.tensors import tensors_of
 from deepenc.network.find import find_sites
+from deepenc.network.initial import resetting, seeded
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import fit
@@ -280,7 +280,7 @@ class Blank:
         constants = {
             name
             for path, module in model.named_modules()
-            if _reset(module) is None
+            if resetting(module) is None
             for name, _ in module.named_buffers(path, recurse=False)
         }
         self._constants = {name: tensors[name].clone() for name in sorted(constants - set(widened))}
@@ -293,16 +293,14 @@ class Blank:
             for name, tensor in named_tensors(self._skeleton).items()
         }
         network = replace_tensors(self._skeleton, empty)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(seed)
+        with seeded(seed, empty.values()):
             self._initialise(network)
         return self._meter.watch(network.train())
 
     def _initialise(self, network: nn.Module) -> None:
         # Inner layers first: an outer one that resets its inner ones (attention) has the last word.
         for path, module in reversed(list(network.named_modules())):
-            reset = _reset(module)
+            reset = resetting(module)
             if reset is not None:
                 reset()
                 continue
@@ -313,12 +311,3 @@ class Blank:
                     buffer.copy_(self._constants[name])
                 elif self._roles.get(name) in (Role.SCALE, Role.VARIANCE):
                     buffer.fill_(1)
-
-
-def _reset(module: nn.Module) -> Callable[[], Any] | None:
-    """What initialises a layer, if it can do so itself."""
-    for name in ("reset_parameters", "_reset_parameters"):
-        found: Callable[[], Any] | None = getattr(module, name, None)
-        if callable(found):
-            return found
-    return None

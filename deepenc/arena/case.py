@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.arena.threat import Meter, Needs, Threat
+from deepenc.errors import ClaimError
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.plugins import Plugin
@@ -85,6 +86,16 @@ class Case:
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator seeded with the attacker's seed; the same sequence at every call."""
         return torch.Generator(device).manual_seed(self.seed)
+
+    def counts(self) -> Mapping[str, int]:
+        """The configuration, for attacks that cannot do without.
+
+        Raises:
+            ClaimError: The threat model withholds it.
+        """
+        if self.configuration is None:
+            raise ClaimError("the attack needs ΔC per site: `configuration: true` in the threat model")
+        return self.configuration
 
     def copy(self) -> nn.Module:
         """A deep copy of the encrypted network, metered like it."""

@@ -12,6 +12,9 @@ from torch.func import functional_call
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors, replace_tensors
 
+SMALL = 1e-6
+"""Least gate that counts as a site's median."""
+
 
 def gated_slots(site: Site) -> tuple[Slot, ...]:
     """The slots that a gate multiplies: a channel is silent where they are zero.
@@ -78,6 +81,14 @@ class Gated(nn.Module):
         """Run the gated network."""
         changed = gated_tensors(named_tensors(self.network), self.sites, self.gates)
         return functional_call(self.network, changed, inputs)
+
+    def closed(self, threshold: float) -> dict[str, tuple[int, ...]]:
+        """Channels whose gates are below a share of their site's median; of every site at least one stays."""
+        chosen = {}
+        for name, gate in self.gates.items():
+            shut = (gate < threshold * gate.median().clamp_min(SMALL)) & (gate < gate.max())
+            chosen[name] = tuple(shut.nonzero().flatten().tolist())
+        return chosen
 
     def baked(self) -> nn.Module:
         """A plain network with the gates multiplied into its weights; hooks and modes as the network's."""

@@ -14,24 +14,23 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 
 from deepenc.analysis.batchnorm import batch_statistics
-from deepenc.encryption.cost.allocation import Patterns, select
-from deepenc.encryption.cost.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.defense import Allocation, Original, Placement, Weights
+from deepenc.encryption.cost.budget import Ledger, caps, grow
+from deepenc.encryption.defense import Allocation, Original
 from deepenc.encryption.filling.damage import damage, outputs
 from deepenc.encryption.filling.inputs import batches, draw
 from deepenc.encryption.response.candidates import filled
+from deepenc.encryption.response.searched import SearchedPlacement
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import fit
-from deepenc.plugins import build
 
 HALVINGS = 40
 """Of the interval in which the shift is sought that keeps strengths within the budget."""
 WIDEST_SHIFT = 30.0
 
 
-class Gradient(Placement):
+class Gradient(SearchedPlacement):
     """Confusion channels everywhere, with a trained strength for each site; the strongest get the budget.
 
     Every site gets as many candidates as it might have, and a strength in [0, 1] by which all that they pass
@@ -44,10 +43,6 @@ class Gradient(Placement):
 
     name: ClassVar[str] = "gradient"
 
-    budget: Budget = Budget(share=0.05)
-    """What the channels may cost: ``5%`` of the memory, ``{bytes: 20000}``, ``{flops: 5%}`` and the like."""
-    weights: Weights = Field(default_factory=lambda: build("weights", "samp"))
-    """Fills the channels whose effect is measured; best those of the defense."""
     images: int = Field(256, ge=2)
     """The defender's images to use, at most."""
     batch_size: int = Field(64, ge=2)
@@ -59,16 +54,9 @@ class Gradient(Placement):
     momentum: float = Field(0.8, ge=0, lt=1)
     """Share of the last slopes that is kept in the next."""
     batch: bool = False
-    """Whether BatchNorm normalises by the batch, as for a thief who measures its statistics anew."""
+    """Whether BatchNorm normalises by the batch, as for a thief who re-estimates its statistics."""
     widest: float = Field(0.25, gt=0, le=16)
     """Candidate channels per real channel of a site, at most, while other sites have room."""
-    sites: Patterns = ("*",)
-    """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
-
-    @property
-    def wants_data(self) -> bool:
-        """Yes."""
-        return True
 
     def place(self, original: Original, rng: np.random.Generator) -> Allocation:
         """Train strengths, and round them.
@@ -76,7 +64,7 @@ class Gradient(Placement):
         Raises:
             ConfigError: There are no images, or the budget is below one channel.
         """
-        ledger = Ledger(original, self.budget, select(original.sites, self.sites))
+        ledger = self.ledger(original)
         most = {name: count for name, count in caps(ledger, self.widest).items() if count}
         inputs = draw(f"placement {self.name!r}", original.model, original, rng, self.images)
         trained = self._trained(original, ledger, most, inputs, rng)
@@ -115,18 +103,13 @@ class Gradient(Placement):
             strengths = {name: logit.sigmoid().requires_grad_() for name, logit in logits.items()}
             with torch.enable_grad(), batch_statistics(network) if self.batch else nullcontext():
                 gates = {
-                    site.name: pad(
-                        strengths[site.name].expand(most[site.name]),
-                        (site.width - most[site.name], 0),
-                        value=1.0,
-                    )
+                    site.name: pad(strengths[site.name].expand(n), (site.width - n, 0), value=1.0)
                     for site in sites
-                    if site.name in most
+                    if (n := most.get(site.name))
                 }
                 changed = gated_tensors(own, sites, gates)
-                change = damage(
-                    "response", functional_call(network, changed, (inputs[index],)), target[index]
-                )
+                found_outputs = functional_call(network, changed, (inputs[index],))
+                change = damage("response", found_outputs, target[index])
                 found = torch.autograd.grad(change, list(strengths.values()))
             for name, slope in zip(logits, found, strict=True):
                 worth = torch.nan_to_num(slope, 0, 0, 0) / prices[name]

@@ -10,13 +10,10 @@ import numpy as np
 from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from deepenc.encryption.cost.allocation import Patterns, select
-from deepenc.encryption.cost.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.defense import Allocation, Original, Placement, Weights
-from deepenc.encryption.response.candidates import Candidates
-from deepenc.encryption.response.measure import Measure
+from deepenc.encryption.cost.budget import Ledger, caps, grow
+from deepenc.encryption.defense import Allocation, Original
+from deepenc.encryption.response.searched import MeasuredPlacement
 from deepenc.network.sites import Site
-from deepenc.plugins import build
 
 Curve = tuple[tuple[int, float], ...]
 """Breakpoints (channels, response) of a concave curve that does not fall, from (0, 0) on."""
@@ -24,7 +21,7 @@ ROUNDS = 4
 """Times that memory, in which neighbouring sites multiply, is made linear anew around the last optimum."""
 
 
-class Knapsack(Placement):
+class Knapsack(MeasuredPlacement):
     """Concave response curves measured site by site, and the integer optimum for their sum.
 
     Each site alone is widened by a few counts, and the least concave curve above the responses that does
@@ -36,25 +33,8 @@ class Knapsack(Placement):
 
     name: ClassVar[str] = "knapsack"
 
-    budget: Budget = Budget(share=0.05)
-    """What the channels may cost: ``5%`` of the memory, ``{bytes: 20000}``, ``{parameters: 1000}``."""
-    weights: Weights = Field(default_factory=lambda: build("weights", "samp"))
-    """Fills the channels whose effect is measured; best those of the defense."""
-    images: int = Field(64, ge=2)
-    """The defender's images to measure on, at most."""
     points: int = Field(4, ge=1, le=64)
     """Counts at which each site is measured, from 1 to the largest, evenly on a logarithmic scale."""
-    widest: float = Field(1.0, gt=0, le=16)
-    """Confusion channels per real channel of a site, at most, while other sites have room."""
-    measure: Measure = "logits"
-    """What is compared: ``logits``, ``probabilities``, ``features``, or ``features:NAME`` of a layer."""
-    sites: Patterns = ("*",)
-    """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
-
-    @property
-    def wants_data(self) -> bool:
-        """Yes."""
-        return True
 
     def place(self, original: Original, rng: np.random.Generator) -> Allocation:
         """Measure curves, then optimise.
@@ -62,12 +42,9 @@ class Knapsack(Placement):
         Raises:
             ConfigError: There are no images, or the budget is below one channel.
         """
-        ledger = Ledger(original, self.budget, select(original.sites, self.sites))
+        ledger = self.ledger(original)
         most = {name: count for name, count in caps(ledger, self.widest).items() if count}
-        blame = f"placement {self.name!r}"
-        candidates = Candidates.of(
-            original, self.weights, rng, most, images=self.images, measure=self.measure, blame=blame
-        )
+        candidates = self.candidates(original, rng, most)
         candidates.settle({})
         points = {name: np.unique(np.geomspace(1, n, self.points).round().astype(int)).tolist()
                   for name, n in most.items()}  # fmt: skip

@@ -8,18 +8,15 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from deepenc.encryption.cost.allocation import Patterns, select
-from deepenc.encryption.cost.budget import Budget, Ledger, caps, grow
-from deepenc.encryption.defense import Allocation, Original, Placement, Weights
+from deepenc.encryption.cost.budget import caps, grow
+from deepenc.encryption.defense import Allocation, Original
 from deepenc.encryption.response.ascent import climb
-from deepenc.encryption.response.candidates import Candidates
-from deepenc.encryption.response.measure import Measure
+from deepenc.encryption.response.searched import MeasuredPlacement
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
-from deepenc.plugins import build
 
 
-class Spread(Placement):
+class Spread(MeasuredPlacement):
     """As many key bits as the budget buys, if wanted above a least response.
 
     A site of C channels and d confusion channels gives log2 of C + d choose d bits of key. Each channel
@@ -31,20 +28,9 @@ class Spread(Placement):
 
     name: ClassVar[str] = "spread"
 
-    budget: Budget = Budget(share=0.05)
-    """What the channels may cost: ``5%`` of the memory, ``{bytes: 20000}``, ``{parameters: 1000}``."""
     floor: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Least squared response change relative to the outputs' own squares; above 0 it needs images."""
-    weights: Weights = Field(default_factory=lambda: build("weights", "samp"))
-    """With ``floor``: fills the channels whose effect is measured; best those of the defense."""
-    images: int = Field(64, ge=2)
-    """With ``floor``: the defender's images to measure on, at most."""
-    widest: float = Field(1.0, gt=0, le=16)
-    """With ``floor``: confusion channels per real channel of a site, at most."""
-    measure: Measure = "logits"
-    """With ``floor``: ``logits``, ``probabilities``, ``features``, or ``features:NAME`` of a layer."""
-    sites: Patterns = ("*",)
-    """Patterns of site names (``"layer1.*"``); the sites that match any may be widened."""
+    """Least squared response change relative to the outputs' own squares; above 0 it needs images.
+    Without, ``weights``, ``images``, ``widest`` and ``measure`` are not used."""
 
     @property
     def wants_data(self) -> bool:
@@ -58,14 +44,11 @@ class Spread(Placement):
             ConfigError: The budget is below one channel; or a floor was given and there are no images, or
                 the budget does not reach it.
         """
-        ledger = Ledger(original, self.budget, select(original.sites, self.sites))
+        ledger = self.ledger(original)
         if not self.floor:
             return grow(ledger, {}, _bits_per_price)
         most = caps(ledger, self.widest)
-        blame = f"placement {self.name!r} with a floor"
-        candidates = Candidates.of(
-            original, self.weights, rng, most, images=self.images, measure=self.measure, blame=blame
-        )
+        candidates = self.candidates(original, rng, most)
         least = climb(candidates, ledger, {}, enough=self.floor)
         chosen = grow(ledger, least, _bits_per_price, most)
         reached = candidates.response(chosen).relative

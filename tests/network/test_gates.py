@@ -1,6 +1,7 @@
 """Gates: 1 changes nothing, 0 is as good as removal, gradients are those of finite differences."""
 
 import torch
+from torch import nn
 from torchvision.models import VisionTransformer
 
 from deepenc.arena.checks.tiny import TinyNet, tiny_subject
@@ -80,3 +81,13 @@ def test_baking_leaves_the_network_alone():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not set(map(id, made.parameters())) & set(map(id, model.parameters()))
     assert torch.equal(made.conv2.weight, model.conv2.weight * 0.5)
+
+
+def test_closed_by_hand() -> None:
+    gated = Gated(nn.Identity(), ())
+    gated.gates = {
+        "a": torch.tensor([1.0, 0.4, 1.2, -1.0, 1.1]),
+        "b": torch.zeros(3),
+        "c": torch.tensor([-1.0, -2.0]),
+    }
+    assert gated.closed(0.5) == {"a": (1, 3), "b": (), "c": (1,)}

@@ -92,10 +92,8 @@ class Candidates:
         most: Mapping[str, int],
         *,
         images: int = 64,
-        measure: Measure = "logits",
-        batch_size: int = 64,
-        cache: int = 2**30,
         blame: str = "a search over allocations",
+        **options: Any,
     ) -> Self:
         """Fill confusion channels, and choose images.
 
@@ -105,17 +103,15 @@ class Candidates:
             rng: The only source of randomness.
             most: The largest count that any candidate has, for each site.
             images: Of the defender's, at most.
-            measure: What to compare.
-            batch_size: Images per forward pass.
-            cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
             blame: Who needs images, for the message where there are none.
+            **options: ``measure``, ``batch_size`` and ``cache``, as for the class.
 
         Raises:
             ConfigError: Fewer than two images, or counts that cannot be meant.
         """
         inputs = draw(blame, original.model, original, rng, images)
         tensors, layout = filled(original, weights, rng, most)
-        return cls(original, tensors, layout, inputs, measure, batch_size, cache)
+        return cls(original, tensors, layout, inputs, **options)
 
     @property
     def fast(self) -> bool:
