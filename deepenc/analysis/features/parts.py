@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deepenc.analysis.features.formulas import moments
 from deepenc.analysis.features.ranks import Distances, distances
 from deepenc.errors import SiteError
 from deepenc.network.sites import Role, Site, Slot
@@ -99,14 +100,10 @@ class Part:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, deviation, skew and excess kurtosis of each row, ``(width,)`` each; NaN where undefined."""
-        mean = self.rows.mean(dim=1, dtype=torch.float64)
-        away = self.rows - mean.float()[:, None]
-        squares = away * away
-        variance = squares.mean(dim=1, dtype=torch.float64)
-        variance = torch.where(self.shaped & (variance > 1e-12 * mean.square()), variance, torch.nan)
-        skew = (squares * away).mean(dim=1, dtype=torch.float64) / variance**1.5
-        kurtosis = (squares * squares).mean(dim=1, dtype=torch.float64) / variance**2 - 3
-        return mean, variance.nan_to_num().sqrt(), skew, kurtosis
+        mean, deviation, skew, kurtosis = moments(self.rows)
+        flat = ~self.shaped | (deviation <= 1e-6 * mean.abs())
+        skew, kurtosis = (shape.masked_fill(flat, torch.nan) for shape in (skew, kurtosis))
+        return mean, deviation.masked_fill(flat, 0), skew, kurtosis
 
     @cached_property
     def distances(self) -> Distances:

@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from deepenc.analysis.features import statistics
+from deepenc.analysis.features.formulas import TINY
 from deepenc.analysis.features.parts import Channels
-from deepenc.analysis.features.statistics import TINY
 from deepenc.network.sites import Role
 
 PAIRS = 1024

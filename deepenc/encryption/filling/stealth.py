@@ -1,10 +1,9 @@
-"""What a detector of confusion channels looks at, differentiable, and a look for each of them to take on."""
+"""What detectors of confusion channels measure, and target statistics for each confusion channel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from scipy.stats import norm, rankdata
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
+from deepenc.analysis.features import formulas
 from deepenc.encryption.filling.entries import Limits
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout
@@ -53,7 +53,7 @@ def penalty(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """
     found = []
     for site, forged, real in _sites(layout):
-        table = _table(tensors, site, real)
+        table = _table(tensors, site)
         z = _z(table[forged], table[real].mean(0), table[real])
         found.append(_huber((z.abs() - 1).clamp_min(0)))
     return _mean(found, tensors)
@@ -76,7 +76,7 @@ class Disguise:
         self._layout = layout
         self._ranks: dict[str, Tensor] = {}
         for site, forged, real in _sites(layout):
-            known = _table(tensors, site, real)[real].detach().cpu().numpy()
+            known = _table(tensors, site)[real].detach().cpu().numpy()
             scores = norm.ppf((rankdata(known, axis=0) - 0.5) / len(known))
             scores /= np.maximum(scores.std(0), TINY)
             drawn = rng.normal(size=(len(forged), len(known))) @ scores / len(known) ** 0.5
@@ -87,8 +87,8 @@ class Disguise:
         result, victims = {}, {site.name: site for site in self._layout.sites}
         for site, _, real in _sites(self._layout):
             slots = dict(zip(site.slots, victims[site.name].slots, strict=True))
-            wanted = self._wanted(_table(tensors, site, real)[real], site).detach()
-            for size, statistic in zip(wanted.T, _statistics(tensors, site, real), strict=True):
+            wanted = self._wanted(_table(tensors, site)[real], site).detach()
+            for size, statistic in zip(wanted.T, _statistics(tensors, site), strict=True):
                 slot = statistic.slot
                 if statistic.kind == "size":
                     vector = tensors[slot.tensor].ndim == 1
@@ -100,7 +100,7 @@ class Disguise:
         """How far the confusion channels are from their looks, counted as by `penalty`; nothing is free."""
         found = []
         for site, forged, real in _sites(self._layout):
-            table = _table(tensors, site, real)
+            table = _table(tensors, site)
             found.append(_huber(_z(table[forged], self._wanted(table[real], site), table[real])))
         return _mean(found, tensors)
 
@@ -136,18 +136,16 @@ def _mean(found: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(found)).mean() if found else next(iter(tensors.values())).new_zeros(())
 
 
-def _table(tensors: Mapping[str, Tensor], site: Site, real: Sequence[int]) -> Tensor:
-    return torch.stack([statistic.values for statistic in _statistics(tensors, site, real)], dim=1)
+def _table(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
+    return torch.stack([statistic.values for statistic in _statistics(tensors, site)], dim=1)
 
 
-def _statistics(tensors: Mapping[str, Tensor], site: Site, real: Sequence[int]) -> Iterator[Statistic]:
+def _statistics(tensors: Mapping[str, Tensor], site: Site) -> Iterator[Statistic]:
     """Statistics of a site's channels.
 
-    For each slot of weights: the logarithm of the norm; the distribution of the entries, by its mean, skew,
-    kurtosis and quantiles; the share of the energy in the leading subspace of the real channels; the largest
-    likeness to another channel; how well the energies over the other layer's channels fit the site's own
-    profile; the roughness of kernels. Of vectors (biases, a normalisation's factors, what BatchNorm sees) the
-    entries, of variances their logarithms.
+    For each slot of weights those that `deepenc.analysis.features` has of a side, as far as they are
+    differentiable, and quantiles of the entries, which stand for the distances of distributions. Of vectors
+    (biases, a normalisation's factors, what BatchNorm sees) the entries, of variances their logarithms.
     """
     for slot in site.slots:
         tensor = tensors.get(slot.tensor)
@@ -160,65 +158,23 @@ def _statistics(tensors: Mapping[str, Tensor], site: Site, real: Sequence[int]) 
         elif tensor.ndim == 1:
             yield Statistic(slot, "size", rows.mean(1))
         else:
-            yield Statistic(slot, "size", rows.square().sum(1).clamp_min(TINY).log() / 2)
-            kernel = tensor.shape[2:] if slot.dim < 2 else ()
-            energies = rows.view(site.width, -1, prod(kernel)).square().mean(2)
-            shapes = [*_distribution(rows), _share(rows, real), _likeness(rows), _profile(energies)]
-            if len(kernel) == 2 and prod(kernel) > 1:
-                shapes.append(_roughness(rows.view(site.width, -1, *kernel)))
-            yield from (Statistic(slot, "shape", values) for values in shapes)
+            square = rows.square().sum(1)
+            yield Statistic(slot, "size", formulas.log_norm(square.clamp_min(TINY)))
+            for values in _shapes(rows, square, tuple(tensor.shape[2:]) if slot.dim < 2 else ()):
+                yield Statistic(slot, "shape", values.to(rows))
 
 
-def _distribution(rows: Tensor) -> list[Tensor]:
-    """Mean, skew, log kurtosis and quantiles of the entries of each row, in units of their size."""
-    scaled = rows / rows.square().mean(1, keepdim=True).clamp_min(TINY).sqrt()
-    mean = scaled.mean(1)
-    centred = scaled - mean[:, None]
-    second = centred.square().mean(1).clamp_min(TINY)
-    skew = (centred**3).mean(1) / second**1.5
-    kurtosis = centred.square().square().mean(1).clamp_min(TINY).log() - 2 * second.log()
+def _shapes(rows: Tensor, square: Tensor, kernel: tuple[int, ...]) -> Iterator[Tensor]:
+    """Statistics of rows, ``(width, entries)``, that are of kernels of that size."""
+    yield from formulas.moments(rows)
+    unit = rows / square.clamp_min(TINY).sqrt()[:, None]
     places = (torch.arange(QUANTILES, device=rows.device, dtype=rows.dtype) + 0.5) / QUANTILES
-    return [mean, skew, kurtosis, *scaled.quantile(places, dim=1)]
-
-
-def _share(rows: Tensor, real: Sequence[int]) -> Tensor:
-    """Share of each row's energy in the soft leading subspace of the real rows other than itself.
-
-    As `deepenc.analysis.features` has it (``subspace``).
-    """
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(TINY)
-    known = unit[list(real)].detach()
-    ridge = len(known) / min(known.shape)
-    gram = known @ known.T
-    inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), device=gram.device, dtype=gram.dtype))
-    near = unit @ known.T
-    share = ((near @ inverse) * near).sum(1)
-    leverage = 1 - ridge * inverse.diagonal()
-    without_itself = 1 - ridge * leverage / (1 - leverage).clamp_min(TINY)
-    result: Tensor = share.index_put((torch.tensor(real, device=rows.device),), without_itself)
-    return result
-
-
-def _likeness(rows: Tensor) -> Tensor:
-    """The largest cosine to another channel."""
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(TINY)
-    cosine: Tensor = (unit @ unit.T).fill_diagonal_(-1)
-    return cosine.amax(1)
-
-
-def _roughness(kernels: Tensor) -> Tensor:
-    """Energy of the differences between neighbours in kernels ``(width, others, height, width)``."""
-    steps = [kernels.diff(dim=dim).square().sum((1, 2, 3)) for dim in (2, 3)]
-    energy = kernels.square().sum((1, 2, 3)).clamp_min(TINY)
-    return (sum(steps[1:], steps[0]).clamp_min(TINY) / energy).log()
-
-
-def _profile(energies: Tensor) -> Tensor:
-    """How well the other channels' energies over the other layer's, ``(width, others)``, fit each row's.
-
-    As `deepenc.analysis.features` has it (``profile``).
-    """
-    own = energies / energies.mean(1, keepdim=True).clamp_min(TINY)
-    others = (own.sum(0) - own) / (len(own) - 1) + 1e-6
-    ratio: Tensor = -((own / others).mean(1).clamp_min(TINY).log() + others.log().mean(1)) / 2
-    return ratio
+    yield from (unit * rows.shape[1] ** 0.5).quantile(places, dim=1)
+    cosines = unit @ unit.T
+    yield formulas.subspace(unit, cosines)
+    yield formulas.nearest(cosines)
+    kernels = rows.view(len(rows), -1, *kernel)
+    energies = kernels.flatten(2).square().mean(2) if kernel else rows.square()
+    yield formulas.profile(energies / energies.mean(1, keepdim=True).clamp_min(TINY))
+    if dims := [2 + dim for dim, size in enumerate(kernel) if size > 1]:
+        yield formulas.roughness(kernels, dims)
