@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +14,8 @@ from deepenc.errors import ConfigError, SiteError
 from deepenc.network.find import find_sites
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import named_tensors
+from tests.analysis.plain_features import Plain
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "detectors.py"
 WIDTH = 9
 
 
@@ -63,22 +59,10 @@ def tensors():
     }
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """The loop that the benchmark compares to."""
-    spec = importlib.util.spec_from_file_location("detectors_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module.Plain
-    monkeypatch.undo()
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_every_statistic_is_the_loops(plain, name):
+def test_every_statistic_is_the_loops(name):
     table = features(tensors(), [SITE])["site"]
-    loop = plain(tensors(), SITE)
+    loop = Plain(tensors(), SITE)
     expected = [loop(name, channel) for channel in range(WIDTH)]
     # Half precision moves a distribution function by less than 0.0003, a few weights in a row by more.
     tolerance = {"ks": 2e-3, "ad": 1e-2, "energy": 1e-3}.get(name.rpartition("_")[0], 2e-6)

@@ -19,17 +19,9 @@ from deepenc.arena.metrics import checked_scores
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.network.sites import Role, Site, Slot
+from tests.attacks.fills import ruinous
 
 BOTH = {"conv1": 1.0, "conv2": 1.0}
-
-
-def ruinous(slot, shape, victim, generator):
-    """Always on, and of great weight."""
-    if slot.role in (Role.SHIFT, Role.BIAS):
-        return torch.full(shape, 3.0)
-    if slot.role is Role.OUTGOING:
-        return 3 * torch.randn(shape, generator=generator)
-    return 0.1 * torch.randn(shape, generator=generator).abs() + 0.1
 
 
 def test_the_loss_falls_by_what_it_falls_by(plant):

@@ -10,21 +10,11 @@ from scipy.special import softmax
 from attacks.distill import Distill
 from deepenc.arena.case import Claim
 from deepenc.errors import ClaimError
-
-
-def ruinous(slot, shape, victim, generator):
-    """Weights ten times as large as the victim's."""
-    values = 10 * victim.std() * torch.randn(shape, generator=generator)
-    return values.abs() + 0.1 if slot.role.value == "variance" else values
-
-
-def same(network, other):
-    expected = other.state_dict()
-    return all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+from tests.attacks.fills import oversized, same
 
 
 def test_answers_repair_the_encrypted_network(plant):
-    planted = plant(ruinous, unlabelled=150, labelled=50, oracle=300)
+    planted = plant(oversized, unlabelled=150, labelled=50, oracle=300)
     assert planted.accuracy(planted.case.encrypted) < 0.7
     network = Distill(lr=0.05).attack(planted.case).network
     assert planted.accuracy(network) > 0.9
@@ -32,7 +22,7 @@ def test_answers_repair_the_encrypted_network(plant):
 
 
 def test_answers_teach_a_blank_network(plant):
-    planted = plant(ruinous, unlabelled=200, oracle=200)
+    planted = plant(oversized, unlabelled=200, oracle=200)
     network = Distill(start="blank", steps=100, lr=0.1).attack(planted.case).network
     assert planted.accuracy(network) > 0.9
 

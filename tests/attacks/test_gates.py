@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.gates import Gates, closed
+from attacks.gates import Gates
 from deepenc.arena.build import Encryption, Subject, build_case
 from deepenc.arena.checks.planted import Alike, PlantedPlacement, planted_defense, random_subject
 from deepenc.arena.duel import measure
@@ -17,23 +17,10 @@ from deepenc.arena.metrics import checked_scores
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.victims.victim import Images, Victim
+from tests.attacks.fills import ruinous, same
 
 CPU = torch.device("cpu")
 BOTH = {"conv1": 1.0, "conv2": 1.0}
-
-
-def ruinous(slot, shape, victim, generator):
-    """Always on, and of great weight."""
-    if slot.role.value in ("shift", "bias"):
-        return torch.full(shape, 3.0)
-    if slot.role.value == "outgoing":
-        return 3 * torch.randn(shape, generator=generator)
-    return 0.1 * torch.randn(shape, generator=generator).abs() + 0.1
-
-
-def same(network, other):
-    expected = other.state_dict()
-    return all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -125,15 +112,6 @@ def test_sparsity_lowers_all_gates(plant):
     case = plant(labelled=32).case
     loose, sparse = (Gates(sparsity=w, tie=0, steps=20).attack(case).scores for w in (0.0, 1.0))
     assert all(sparse[name].mean() > loose[name].mean() for name in loose)
-
-
-def test_closed_by_hand():
-    gates = {
-        "a": torch.tensor([1.0, 0.4, 1.2, -1.0, 1.1]),
-        "b": torch.zeros(3),
-        "c": torch.tensor([-1.0, -2.0]),
-    }
-    assert closed(gates, 0.5) == {"a": (1, 3), "b": (), "c": (1,)}
 
 
 @pytest.mark.parametrize(("budget", "steps", "samples"), [({"steps": 3}, 3, 48), ({"samples": 40}, 2, 32)])

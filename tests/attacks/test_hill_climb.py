@@ -16,16 +16,7 @@ from deepenc.arena.duel import measure
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ClaimError
-from deepenc.network.sites import Role
-
-
-def ruinous(slot, shape, victim, generator):
-    """Always on, and of great weight."""
-    if slot.role in (Role.SHIFT, Role.BIAS):
-        return torch.full(shape, 3.0)
-    if slot.role is Role.OUTGOING:
-        return 3 * torch.randn(shape, generator=generator)
-    return 0.1 * torch.randn(shape, generator=generator).abs() + 0.1
+from tests.attacks.fills import ruinous
 
 
 def damaged(**threat):

@@ -14,6 +14,7 @@ from attacks.recalibrate import Recalibrate
 from attacks.scratch import Scratch
 from deepenc.errors import OutOfBudget
 from deepenc.network.sites import Role
+from tests.attacks.fills import oversized
 
 ATTACKS = [Null(), Scratch(steps=5), Recalibrate(images=8), Finetune(steps=5)]
 
@@ -31,12 +32,6 @@ def shifted_statistics(slot, shape, victim, generator):
     if slot.role is Role.OUTGOING:
         return 0.02 * torch.randn(shape, generator=generator)
     return torch.ones(shape)
-
-
-def ruinous(slot, shape, victim, generator):
-    """Weights ten times as large as the victim's."""
-    values = 10 * victim.std() * torch.randn(shape, generator=generator)
-    return values.abs() + 0.1 if slot.role is Role.VARIANCE else values
 
 
 def test_null_claims_the_encrypted_network_itself(plant):
@@ -80,13 +75,13 @@ def test_recalibrate_without_batch_norm_claims_an_equal_network(plant):
 
 
 def test_finetune_repairs(plant):
-    planted = plant(ruinous, labelled=200)
+    planted = plant(oversized, labelled=200)
     assert planted.accuracy(planted.case.encrypted) < 0.7
     assert planted.accuracy(Finetune(epochs=8).attack(planted.case).network) > 0.9
 
 
 def test_finetune_does_not_lose_a_clean_network_and_more_steps_gain_more(plant):
-    planted = plant(ruinous, labelled=200)
+    planted = plant(oversized, labelled=200)
     clean = plant(positions={}, labelled=200)
     assert clean.accuracy(Finetune(steps=20, lr=0.01).attack(clean.case).network) > 0.95
     few, many = (planted.accuracy(Finetune(steps=n).attack(planted.case).network) for n in (1, 60))
@@ -101,7 +96,7 @@ def test_finetune_default_is_the_papers_recipe(plant):
 
 
 def test_scratch_learns_from_the_labels_alone(plant):
-    planted = plant(ruinous, labelled=200)
+    planted = plant(oversized, labelled=200)
     assert planted.accuracy(Scratch(steps=100).attack(planted.case).network) > 0.9
 
 

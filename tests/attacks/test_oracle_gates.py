@@ -11,22 +11,9 @@ from torch import nn
 
 from attacks.oracle_gates import OracleGates, asked, mask
 from deepenc.errors import ClaimError
+from tests.attacks.fills import ruinous, same
 
 BOTH = {"conv1": 1.0, "conv2": 1.0}
-
-
-def ruinous(slot, shape, victim, generator):
-    """Always on, and of great weight."""
-    if slot.role.value in ("shift", "bias"):
-        return torch.full(shape, 3.0)
-    if slot.role.value == "outgoing":
-        return 3 * torch.randn(shape, generator=generator)
-    return 0.1 * torch.randn(shape, generator=generator).abs() + 0.1
-
-
-def same(network, other):
-    expected = other.state_dict()
-    return all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize("unlabelled", [100, 0], ids=["images", "noise"])

@@ -17,6 +17,7 @@ from deepenc.analysis.folding import fold
 from deepenc.analysis.following import Run
 from deepenc.analysis.renormalising import renormalised
 from deepenc.network.sites import Role
+from tests.attacks.fills import oversized
 
 SMALL = {"steps": 4, "lr": 0.05}
 
@@ -38,12 +39,6 @@ def folded(planted):
     return replace(planted, case=replace(case, encrypted=network, sites=sites))
 
 
-def ruinous(slot, shape, victim, generator):
-    """Weights ten times as large as the victim's."""
-    values = 10 * victim.std() * torch.randn(shape, generator=generator)
-    return values.abs() + 0.1 if slot.role is Role.VARIANCE else values
-
-
 def norms_of(network):
     return [path for path, module in network.named_modules() if isinstance(module, _BatchNorm)]
 
@@ -51,7 +46,7 @@ def norms_of(network):
 @pytest.fixture
 def network(plant):
     """A folded network in float64, and images."""
-    case = folded(plant(ruinous, unlabelled=128)).case
+    case = folded(plant(oversized, unlabelled=128)).case
     return case.copy().double(), case.unlabelled.double()
 
 
@@ -169,7 +164,7 @@ def test_where_all_have_a_norm_it_is_finetune(plant):
 
 
 def test_damage_is_repaired_and_more_steps_repair_more(plant):
-    planted = folded(plant(ruinous, labelled=200, unlabelled=64))
+    planted = folded(plant(oversized, labelled=200, unlabelled=64))
     assert planted.accuracy(planted.case.encrypted) < 0.7
     few, many = (
         planted.accuracy(Renormalise(steps=n, lr=0.05).attack(planted.case).network) for n in (1, 60)
