@@ -1,14 +1,15 @@
-"""Every attack under poor conditions: one class only, no budget, images that tell nothing, ΔC withheld."""
+"""Every attack under poor conditions: one class only, no budget, images that tell nothing, odd networks."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 
 from deepenc.arena.build import Encryption, build_case
-from deepenc.arena.checks.tiny import host_defense, tiny_subject
+from deepenc.arena.checks.tiny import Unusual, host_defense, tiny_subject, unusual_subject
 from deepenc.arena.duel import Measured, fight, measure
 from deepenc.arena.threat import Threat
 from deepenc.errors import OutOfBudget
@@ -50,6 +51,16 @@ def judged(attack, case, encryption):
     """What the arena makes of it: no NaN in scores, a network that can be judged."""
     with isolated(7):
         return measure(fight(attack, case, attack.name), case, encryption, attack.name, 32)
+
+
+@pytest.fixture(scope="module", params=get_args(Unusual))
+def unusual(request):
+    return Encryption.of(unusual_subject(request.param, 600), host_defense(), bytes(range(32)))
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_an_unusual_network_is_judged_all_the_same(attack, unusual):
+    assert judged(attack, case_for(attack, unusual), unusual)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -103,6 +104,49 @@ def _images(model: nn.Module, count: int, generator: torch.Generator) -> Images:
     inputs = torch.randn(count, *SHAPE, generator=generator)
     with torch.no_grad():
         return Images(inputs, model(inputs).argmax(dim=1))
+
+
+Unusual = Literal["half precision", "double precision", "constant channels", "a weight that is not finite"]
+"""What attacks and defenses must bear in a network."""
+
+
+@cache
+def unusual_subject(kind: Unusual, attacker: int = 256) -> Subject:
+    """As `tiny_subject`, with an unusual network.
+
+    Args:
+        kind: What is unusual about it.
+        attacker: Images in the attacker's part.
+    """
+    victim, sites = tiny_subject(attacker).victim, tiny_subject(attacker).sites
+    model = copy.deepcopy(victim.model)
+    assert isinstance(model, TinyNet) and victim.public is not None and model.bn2.running_var is not None
+    if kind == "constant channels":
+        with torch.no_grad():
+            model.conv2.weight[:5] = 0
+            model.conv3.weight.fill_(0.5)
+            model.bn2.running_var[3] = 0
+        return Subject(replace(victim, model=model), sites)
+    if kind == "a weight that is not finite":
+        with torch.no_grad():
+            model.fc.weight[0] = torch.inf
+        return Subject(replace(victim, model=model), sites)
+    dtype = torch.bfloat16 if kind == "half precision" else torch.float64
+
+    def cast(images: Images) -> Images:
+        return Images(images.inputs.to(dtype), images.labels)
+
+    return Subject(
+        replace(
+            victim,
+            model=model.to(dtype),
+            defender=cast(victim.defender),
+            attacker=cast(victim.attacker),
+            judge=cast(victim.judge),
+            public=copy.deepcopy(victim.public).to(dtype),
+        ),
+        sites,
+    )
 
 
 class TinySource(VictimSource):
