@@ -40,7 +40,7 @@ class Ablation(Attack):
     per_round: int = Field(1, ge=1)
     """Channels of each site that go in a round of greedy."""
     recalibrate: bool = Field(False)
-    """Whether greedy measures BatchNorm's statistics anew after each round; not for statistics."""
+    """Whether greedy re-estimates BatchNorm's statistics after each round; not for statistics."""
 
     @model_validator(mode="after")
     def _keeps_its_reference(self) -> Self:

@@ -19,7 +19,7 @@ class Copies(Attack):
 
     Channels are matched one to one by the directions of their incoming and outgoing weights (Hungarian
     method): real ones are equal bit for bit, or nearly so where the owner fine-tuned in between, and
-    confusion channels, drawn anew under each key, are like nothing. With several releases their verdicts
+    confusion channels, drawn again under each key, are like nothing. With several releases their verdicts
     are averaged. Needs no data.
     """
 

@@ -31,11 +31,11 @@ class Finetune(TrainedAttack):
     """What is trained: all parameters, the classifier's last layer, or the normalisations' factors and
     offsets; a network without any of these is claimed as it is."""
     fresh_head: bool = False
-    """Whether the classifier's last layer starts anew."""
+    """Whether the classifier's last layer is initialised again."""
     decay: float = Field(1.0, gt=0, le=1)
     """Learning rate of a layer, as a fraction of the next layer's: below 1, early layers learn slowly."""
     recalibrate: int = Field(0, ge=0)
-    """Images, unlabelled ones first, on which BatchNorm statistics are measured anew before; 0 is none."""
+    """Images, unlabelled ones first, on which BatchNorm statistics are re-estimated before; 0 is none."""
     freeze_norms: bool = False
     """Whether BatchNorm uses its stored statistics during training, and keeps them."""
     l1: float = Field(0.0, ge=0)

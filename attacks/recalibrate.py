@@ -1,4 +1,4 @@
-"""Measuring BatchNorm statistics anew: most of the damage of confusion channels is a shift of these."""
+"""Re-estimating BatchNorm statistics: most of the damage of confusion channels is a shift of these."""
 
 from __future__ import annotations
 

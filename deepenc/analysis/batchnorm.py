@@ -163,7 +163,7 @@ def _measuring(network: nn.Module, found: list[_BatchNorm]) -> Iterator[None]:
 def batch_statistics(network: nn.Module) -> Iterator[None]:
     """Let BatchNorm layers normalise by the batch, and neither use nor change their running statistics.
 
-    It is what whoever measures the statistics anew sees. Modes, momenta and flags are as before afterwards.
+    It is what whoever re-estimates the statistics sees. Modes, momenta and flags are as before afterwards.
     """
     every = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     before = [(layer, layer.training, layer.track_running_stats) for layer in every]

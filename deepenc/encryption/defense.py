@@ -273,7 +273,7 @@ class Defense(BaseModel):
 
         Raises:
             PluginError: It names an unknown plugin.
-            ConfigError: It cannot be meant.
+            ConfigError: It is invalid.
         """
         try:
             return cls.model_validate(spec)

@@ -56,7 +56,7 @@ def encrypt(
         The encrypted network, sharing no tensor with the victim, and its key.
 
     Raises:
-        ConfigError: Arguments or an allocation that cannot be meant, such as one that inserts nothing.
+        ConfigError: Invalid arguments, or an allocation that inserts nothing.
         PluginError: A plugin of the defense is unknown or broke its interface.
         SiteError: The network has no sites, or the given ones do not fit it.
         TraceError: The network's operators cannot be followed.

@@ -19,7 +19,7 @@ class Calibrate(Hardening):
     """Give the confusion channels the BatchNorm statistics that the defender's data have there.
 
     Drawn statistics are wrong for what a confusion channel computes: whoever runs some images sees it, and
-    measuring the statistics anew undoes the damage that rests on it. So calibrated, `samp` and `init` do
+    re-estimating the statistics undoes the damage that rests on it. So calibrated, `samp` and `init` do
     hardly any damage: see `optimise`.
     """
 

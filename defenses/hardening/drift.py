@@ -24,7 +24,7 @@ TINY = 1e-12
 class Drift(Hardening):
     """After authorised fine-tuning, move the confusion channels as the victim's own have moved.
 
-    The paper draws them anew, so that whoever has both releases sees which channels changed altogether. Here
+    The paper draws them again, so that whoever has both releases sees which channels changed altogether. Here
     positions stay, and each confusion channel takes the step of a real one drawn at random: in each tensor
     as far in proportion to its norm, and turned by as much. An unchanged model gives the same release again.
     On the first release it does nothing. `encrypt` and `reshelter(previous=...)` with it, never again from

@@ -32,7 +32,7 @@ class Optimise(Hardening):
     """Optimise the confusion weights for damage that re-estimating BatchNorm statistics does not undo.
 
     Adam ascends, on the confusion entries alone, a measure of damage on the defender's images, while
-    BatchNorm normalises by the batch: what a thief sees who measures the statistics anew. After each step
+    BatchNorm normalises by the batch: what an attacker sees who re-estimates the statistics. After each step
     confusion channels are capped to the norms of the real ones. In the end their own running statistics are
     measured, so that these agree with data. A network without BatchNorm is optimised as it is.
 
@@ -63,7 +63,7 @@ class Optimise(Hardening):
     stealth: float = Field(0.0, ge=0)
     """Weight of a detector's penalty (norms, roughness and the like; see `filling.stealth`)."""
     gates: bool = False
-    """Whether to ascend, in turn, the damage that is left after a thief learned gates for a few steps."""
+    """Whether to ascend, in turn, the damage that is left after an attacker learned gates for a few steps."""
     removal: float = Field(0.0, ge=0, lt=1)
     """Whether to ascend, in turn, the damage that is left without some channels, other ones each time: this
     share of a site's confusion channels, and as many real ones."""
@@ -115,12 +115,12 @@ class Optimise(Hardening):
         values = list(confusion.values.values())
         rates = [self.lr * _scale(victim[name]) for name in confusion.values]
         adam = Adam([{"params": [v], "lr": rate} for v, rate in zip(values, rates, strict=True)])
-        thieves = [learned_gates(confusion, inputs, target, order)] if self.gates else []
+        adversaries = [learned_gates(confusion, inputs, target, order)] if self.gates else []
         if self.removal:
-            thieves.append(missing(confusion, self.removal, rng))
-        for thief in islice(cycle([None, *thieves]), self.steps):
+            adversaries.append(missing(confusion, self.removal, rng))
+        for adversary in islice(cycle([None, *adversaries]), self.steps):
             index = next(order).to(inputs.device)
-            gates = next(thief) if thief else None
+            gates = next(adversary) if adversary else None
             with torch.enable_grad():
                 loss = self._loss(confusion, inputs[index], target[index], gates, detector)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)

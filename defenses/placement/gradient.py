@@ -54,7 +54,7 @@ class Gradient(SearchedPlacement):
     momentum: float = Field(0.8, ge=0, lt=1)
     """Share of the last slopes that is kept in the next."""
     batch: bool = False
-    """Whether BatchNorm normalises by the batch, as for a thief who re-estimates its statistics."""
+    """Whether BatchNorm normalises by the batch, as for an attacker who re-estimates its statistics."""
     widest: float = Field(0.25, gt=0, le=16)
     """Candidate channels per real channel of a site, at most, while other sites have room."""
 

@@ -17,9 +17,9 @@ class Greedy(MeasuredPlacement):
     """Channels one step at a time, where the outputs then change most per bit.
 
     Starting from nothing, the step is taken at the site where the mean distance of the outputs rises most
-    for the memory it costs; old gains are taken for bounds, and only the largest is measured anew (lazy
+    for the memory it costs; old gains are taken for bounds, and only the largest is re-estimated (lazy
     greedy, Minoux 1978). Channels are filled by ``weights`` for the search alone: the released ones are
-    drawn anew. Source: paper, Equation 1, which it states but does not optimise.
+    drawn again. Source: paper, Equation 1, which it states but does not optimise.
     """
 
     name: ClassVar[str] = "greedy"

@@ -18,7 +18,7 @@ from deepenc.network.sites import Site
 Curve = tuple[tuple[int, float], ...]
 """Breakpoints (channels, response) of a concave curve that does not fall, from (0, 0) on."""
 ROUNDS = 4
-"""Times that memory, in which neighbouring sites multiply, is made linear anew around the last optimum."""
+"""Times that memory, in which neighbouring sites multiply, is made linear again around the last optimum."""
 
 
 class Knapsack(MeasuredPlacement):

@@ -51,7 +51,7 @@ def repeated(*about):
 
 
 def one_stream(slot, shape, victim, generator):
-    """The generator starts anew for every tensor."""
+    """The generator starts again for every tensor."""
     return torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
 
 

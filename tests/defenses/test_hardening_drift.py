@@ -83,7 +83,7 @@ def test_what_two_releases_tell(step: Drift | None, told: bool) -> None:
         forged = list(encryption.key.positions[site.name])
         moved = (rows - others).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1)
         assert (encryption.key.positions[site.name] == other.key.positions[site.name]) is not told
-        # A channel drawn anew at the same place changes by about its own size, and a half is a safe bound.
+        # A channel drawn again at the same place changes by about its own size, and a half is a safe bound.
         assert (moved[forged].max() < 0.5) is not told
 
 

@@ -211,7 +211,7 @@ def grow(
     """
     counts = {site.name: allocation.get(site.name, 0) for site in ledger.sites} | dict(allocation)
     left = ledger.limit - ledger.cost(counts)
-    # Prices rise, so that scores fall: one that is still the largest when looked at anew is the largest.
+    # Prices rise, so that scores fall: one that is still the largest when looked at again is the largest.
     heap = [(float("-inf"), order) for order in range(len(ledger.sites))]
     while heap:
         known, order = heapq.heappop(heap)

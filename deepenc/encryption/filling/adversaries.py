@@ -1,4 +1,4 @@
-"""Thieves to optimise against: what they make of the channels of an encrypted network, as gates."""
+"""Adversaries to optimise against: what they make of the channels of an encrypted network, as gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Adam
 from deepenc.encryption.filling.entries import Confusion
 
 ROUND, GATE_RATE = 10, 0.1
-"""Steps after which the gates start anew, and Adam's learning rate for them."""
+"""Steps after which the gates start again, and Adam's learning rate for them."""
 Gates = Mapping[str, Tensor]
 """Site name to a factor for each of its channels, confusion channels included, ``(width,)``."""
 
@@ -21,7 +21,7 @@ Gates = Mapping[str, Tensor]
 def learned_gates(
     confusion: Confusion, inputs: Tensor, target: Tensor, order: Iterator[Tensor]
 ) -> Iterator[Gates]:
-    """Gates of a thief who takes one step each time, and starts anew after each round.
+    """Gates of an attacker who takes one step each time, and starts again after each round.
 
     Args:
         confusion: The encrypted network.

@@ -26,7 +26,7 @@ def ascent(
     """Add channels where the response rises most for what they cost, one step at a time.
 
     Gains are evaluated lazily, as in lazy greedy (Minoux 1978): a site's old gain is taken for a bound, and
-    only the largest is looked at anew. The response is not submodular, so that this is a heuristic.
+    only the largest is looked at again. The response is not submodular, so that this is a heuristic.
 
     Args:
         candidates: Measures responses.
@@ -125,7 +125,7 @@ def tradeoff(
     steps that were not worth it by themselves. Greedy, so a bound from below on the best of all allocations.
 
     Args:
-        candidates: Measures responses; of the channels that it has drawn, which a release draws anew.
+        candidates: Measures responses; of the channels that it has drawn, which a release draws again.
         ledger: The budget, which bounds the path, and the sites.
         lams: Values of λ, ``>= 0``, in the unit of the response.
         step: Channels added at a time; fewer where no more fit.

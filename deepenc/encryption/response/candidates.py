@@ -107,7 +107,7 @@ class Candidates:
             **options: ``measure``, ``batch_size`` and ``cache``, as for the class.
 
         Raises:
-            ConfigError: Fewer than two images, or counts that cannot be meant.
+            ConfigError: Fewer than two images, or invalid counts.
         """
         inputs = draw(blame, original.model, original, rng, images)
         tensors, layout = filled(original, weights, rng, most)
@@ -143,7 +143,7 @@ class Candidates:
                 )
 
     def _tensors(self, allocation: Mapping[str, int]) -> dict[str, Tensor]:
-        """The tensors of the encrypted network; those of the last allocations are not made anew."""
+        """The tensors of the encrypted network; those of the last allocations are not made again."""
         tensors, used = dict(self._rest), {}
         for name, wide in self._wide.items():
             counts = tuple(allocation.get(site.name, 0) for site, _ in self._slots[name])
@@ -239,7 +239,7 @@ def filled(
         The tensors that have confusion channels, by name, and what widened them.
 
     Raises:
-        ConfigError: Counts that cannot be meant.
+        ConfigError: Invalid counts.
     """
     known = {site.name for site in original.sites}
     if not any(most.values()) or min(most.values()) < 0 or set(most) - known:
