@@ -24,7 +24,7 @@ class Alignment(Attack):
     """Low cosines (channels drawn at random), high ones (clones, decoys), or whatever is unusual."""
 
     @property
-    def tell(self) -> Weakness | None:  # type: ignore[override]
+    def detects(self) -> Weakness | None:  # type: ignore[override]
         """Noise; in small layers trained channels are as much alike as clones are."""
         return None if self.look_for == "clone" else "noise"
 

@@ -24,7 +24,7 @@ class BatchNormDefaults(Attack):
     """
 
     name: ClassVar[str] = "batchnorm-defaults"
-    tell: ClassVar[Weakness | None] = "defaults"
+    detects: ClassVar[Weakness | None] = "defaults"
 
     tolerance: float = Field(0.01, gt=0, allow_inf_nan=False)
     """Distance from the default that counts half, as a share of the site's median distance, ``> 0``."""

@@ -25,7 +25,7 @@ class BatchnormMismatch(Attack):
     """
 
     name: ClassVar[str] = "batchnorm-mismatch"
-    tell: ClassVar[Weakness | None] = "statistics"
+    detects: ClassVar[Weakness | None] = "statistics"
 
     images: int = Field(256, ge=2)
     """Unlabelled images to measure on."""

@@ -21,7 +21,7 @@ class Coupling(Attack):
     """
 
     name: ClassVar[str] = "coupling"
-    tell: ClassVar[Weakness | None] = "statistics"
+    detects: ClassVar[Weakness | None] = "statistics"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -23,7 +23,7 @@ class Distill(TrainedAttack):
     """
 
     name: ClassVar[str] = "distill"
-    tell: ClassVar[Weakness | None] = "damage"
+    detects: ClassVar[Weakness | None] = "damage"
 
     start: Literal["encrypted", "blank"] = "encrypted"
     """What is trained: the encrypted network, or a freshly initialised one."""

@@ -35,7 +35,7 @@ class Distribution(Attack):
     """Whether those too close to the whole are suspect (drawn from it) or those far off (drawn otherwise)."""
 
     @property
-    def tell(self) -> Weakness | None:  # type: ignore[override]
+    def detects(self) -> Weakness | None:  # type: ignore[override]
         """Loud channels are far off; nothing planted is so typical that no trained channel is more so."""
         return "loud" if self.sign == "outlier" else None
 

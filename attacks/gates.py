@@ -35,7 +35,7 @@ class Gates(Attack):
     """
 
     name: ClassVar[str] = "gates"
-    tell: ClassVar[Weakness | None] = "damage"
+    detects: ClassVar[Weakness | None] = "damage"
 
     objective: Literal["loss", "entropy", "statistics"] = "loss"
     """Cross-entropy of labelled images; or, unlabelled, the mean entropy of the predictions less the entropy

@@ -38,7 +38,7 @@ class Mixture(Attack):
     """
 
     name: ClassVar[str] = "mixture"
-    tell: ClassVar[Weakness | None] = "noise"
+    detects: ClassVar[Weakness | None] = "noise"
 
     components: int = Field(3, ge=1)
     """Principal components, ``>= 1``."""

@@ -18,7 +18,7 @@ class Norms(Attack):
     """
 
     name: ClassVar[str] = "norms"
-    tell: ClassVar[Weakness | None] = "loud"
+    detects: ClassVar[Weakness | None] = "loud"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -32,7 +32,7 @@ class OracleGates(Attack):
     """
 
     name: ClassVar[str] = "oracle-gates"
-    tell: ClassVar[Weakness | None] = "damage"
+    detects: ClassVar[Weakness | None] = "damage"
 
     images: int = Field(200, ge=1)
     """Inputs to ask: unlabelled images first, then labelled ones; noise where there are not enough."""

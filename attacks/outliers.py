@@ -49,7 +49,7 @@ class Outliers(Attack):
     """Share of channels that the support vector machine leaves outside, in (0, 1]."""
 
     @property
-    def tell(self) -> Weakness | None:  # type: ignore[override]
+    def detects(self) -> Weakness | None:  # type: ignore[override]
         """Loud channels, for the two that see a group of outliers; the others count it as a cluster."""
         return "loud" if self.method in ("covariance", "lof") else None
 

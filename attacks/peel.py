@@ -24,7 +24,7 @@ class Peel(Attack):
     """
 
     name: ClassVar[str] = "peel"
-    tell: ClassVar[Weakness | None] = "damage"
+    detects: ClassVar[Weakness | None] = "damage"
 
     images: int = Field(32, ge=2)
     """Unlabelled images to measure on."""

@@ -18,7 +18,7 @@ class Profile(Attack):
     """
 
     name: ClassVar[str] = "profile"
-    tell: ClassVar[Weakness | None] = "noise"
+    detects: ClassVar[Weakness | None] = "noise"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -18,7 +18,7 @@ class Recalibrate(Attack):
     """
 
     name: ClassVar[str] = "recalibrate"
-    tell: ClassVar[Weakness | None] = "statistics"
+    detects: ClassVar[Weakness | None] = "statistics"
 
     images: int = Field(32, ge=2)
     """Unlabelled images to use."""

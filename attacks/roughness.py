@@ -17,7 +17,7 @@ class Roughness(Attack):
     """
 
     name: ClassVar[str] = "roughness"
-    tell: ClassVar[Weakness | None] = "noise"
+    detects: ClassVar[Weakness | None] = "noise"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

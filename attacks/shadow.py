@@ -34,7 +34,7 @@ class Shadow(Attack):
     """
 
     name: ClassVar[str] = "shadow"
-    tell: ClassVar[Weakness | None] = "noise"
+    detects: ClassVar[Weakness | None] = "noise"
 
     networks: tuple[VictimSource, ...] = ()
     """The attacker's own networks; default: the stolen one, encrypted once more."""

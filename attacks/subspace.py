@@ -17,7 +17,7 @@ class Subspace(Attack):
     """
 
     name: ClassVar[str] = "subspace"
-    tell: ClassVar[Weakness | None] = "noise"
+    detects: ClassVar[Weakness | None] = "noise"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -166,13 +166,13 @@ class Attack(Plugin):
     Attributes:
         reference: What the attack is a reference for, if it is one: ``"floor"`` uses the encrypted network
             as it is; ``"scratch"`` uses no stolen weights.
-        tell: The planted weakness that the attack must see in its self-test (`arena.checks.planted`); None
+        detects: The planted weakness that the attack must see in its self-test (`arena.checks.planted`); None
             where it promises nothing.
     """
 
     kind: ClassVar[str] = "attack"
     reference: ClassVar[Literal["floor", "scratch"] | None] = None
-    tell: ClassVar[Weakness | None] = None
+    detects: ClassVar[Weakness | None] = None
 
     @property
     def needs(self) -> Needs:

@@ -14,7 +14,7 @@ def attacks() -> str:
     for name in names("attack"):
         attack = build("attack", name)
         assert isinstance(attack, Attack)
-        rows.append([f"`{name}`", attack.summary(), needed(attack.needs), attack.tell or ABSENT])
+        rows.append([f"`{name}`", attack.summary(), needed(attack.needs), attack.detects or ABSENT])
     return markdown_table(rows) + "\n"
 
 

@@ -117,16 +117,18 @@ def test_real_channels_once_more_are_no_noise(noisy, site):
 
 
 @pytest.mark.parametrize(
-    "attack", [attack for attack in ALL if attack.tell], ids=lambda attack: f"{attack.name} {attack.tell}"
+    "attack",
+    [attack for attack in ALL if attack.detects],
+    ids=lambda attack: f"{attack.name} {attack.detects}",
 )
 def test_promises_are_kept(attack):
     assert selftest(attack) is None
 
 
 def test_what_is_promised_goes_with_the_parameters():
-    assert Alignment().tell == "noise" and Alignment(look_for="clone").tell is None
-    assert Distribution().tell is None and Distribution(sign="outlier").tell == "loud"
-    assert [Outliers(method=method).tell for method in METHODS] == ["loud", None, "loud", None]
+    assert Alignment().detects == "noise" and Alignment(look_for="clone").detects is None
+    assert Distribution().detects is None and Distribution(sign="outlier").detects == "loud"
+    assert [Outliers(method=method).detects for method in METHODS] == ["loud", None, "loud", None]
 
 
 @pytest.mark.parametrize("attack", ALL, ids=label)

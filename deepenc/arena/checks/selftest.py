@@ -51,10 +51,10 @@ def selftest(attack: Attack) -> str | None:
     Returns:
         Why it is not to be relied on; None where it passed, or promises nothing.
     """
-    if attack.tell is None:
+    if attack.detects is None:
         return None
     try:
-        return _planted(attack, attack.tell) or _blind(attack)
+        return _planted(attack, attack.detects) or _blind(attack)
     except Exception as error:  # whatever an attack raises makes it unreliable
         return f"in the self-test it raised {type(error).__name__}: {error}"
 

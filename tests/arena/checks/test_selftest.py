@@ -21,7 +21,7 @@ class Chance(Attack):
     """Scores at random."""
 
     name: ClassVar[str] = "chance"
-    tell: ClassVar[Weakness | None] = "loud"
+    detects: ClassVar[Weakness | None] = "loud"
 
     def attack(self, case):
         generator = case.generator()
@@ -54,7 +54,7 @@ class Broken(Chance):
 class Promising(Broken):
     """Promises nothing."""
 
-    tell: ClassVar[Weakness | None] = None
+    detects: ClassVar[Weakness | None] = None
 
 
 def test_a_blind_attack_is_found_out():
@@ -89,7 +89,7 @@ def test_who_promises_nothing_is_not_tested():
     assert selftest(Promising()) is None
 
 
-@pytest.mark.parametrize("name", [n for n in names("attack") if get("attack", n).tell])
+@pytest.mark.parametrize("name", [n for n in names("attack") if get("attack", n).detects])
 def test_built_in_attacks_keep_their_promise(name):
     assert selftest(build("attack", name)) is None
 
