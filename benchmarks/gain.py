@@ -80,12 +80,12 @@ def measured(name: str, images: int, number: int) -> Sequence[str]:
     found = Candidates.of(
         original, weights, np.random.default_rng(0), most, images=images, batch_size=images, cache=2**34
     )
-    found.settle(base)
+    found.rebase(base)
     prepared = time.process_time() - started
     started = time.process_time()
     responses = found.responses(asked)
     fast = time.process_time() - started
-    found.settle(base)
+    found.rebase(base)
     with FlopCounterMode(display=False) as again:
         found.responses(asked)
     with FlopCounterMode(display=False) as whole, torch.no_grad():

@@ -80,7 +80,7 @@ def match(
         before = dict(both.matches)
         left = [site for site in sites if site.name in both.twins]
         while left:
-            waiting = [site for site in left if not both.settle(site)]
+            waiting = [site for site in left if not both.match_site(site)]
             if len(waiting) == len(left):
                 break
             left = waiting
@@ -122,7 +122,7 @@ class Aligned:
             and a.tensor in self.others
         ]
 
-    def settle(self, site: Site) -> bool:
+    def match_site(self, site: Site) -> bool:
         """Match one site by the weights that can be compared; False where there are none."""
         twin = self.twins[site.name]
         total, entries = torch.zeros(site.width, twin.width, dtype=torch.float64), 0

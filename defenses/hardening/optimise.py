@@ -109,7 +109,7 @@ class Optimise(Hardening):
             with batch_moments(confusion.network) as seen, torch.no_grad():
                 confusion(inputs[next(order).to(inputs.device)])
             disguise = Disguise(whole := confusion.tensors() | seen, layout, rng)
-            allowed, detector = disguise.sizes(whole), disguise.penalty
+            allowed, detector = disguise.target_norms(whole), disguise.penalty
         else:
             allowed, detector = limits(victim, layout.sites, self.quantile), partial(penalty, layout=layout)
         values = list(confusion.values.values())

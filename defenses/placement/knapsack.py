@@ -45,7 +45,7 @@ class Knapsack(MeasuredPlacement):
         ledger = self.ledger(original)
         most = {name: count for name, count in caps(ledger, self.widest).items() if count}
         candidates = self.candidates(original, rng, most)
-        candidates.settle({})
+        candidates.rebase({})
         points = {name: np.unique(np.geomspace(1, n, self.points).round().astype(int)).tolist()
                   for name, n in most.items()}  # fmt: skip
         asked = [(name, count) for name, counts in points.items() for count in counts]

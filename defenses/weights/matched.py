@@ -55,7 +55,7 @@ class Matched(Weights):
             matched: Tensor = shift * picked(mean, models) + stretch * picked(deviation, models) * unit
             return matched
 
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, smear=0.0)
+        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, weight_jitter=0.0)
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:

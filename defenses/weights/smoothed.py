@@ -50,8 +50,8 @@ class Smoothed(Weights):
             index = torch.from_numpy(rng.integers(len(pool), size=shape))
             return pool[index.to(pool.device)]
 
-        smear = 0.0 if density else None
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, smear=smear)
+        weight_jitter = 0.0 if density else None
+        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, weight_jitter=weight_jitter)
 
 
 def between(pool: Tensor, uniform: np.ndarray) -> Tensor:

@@ -232,7 +232,7 @@ def test_looks_are_distributed_as_those_of_real_channels(planted: Net) -> None:
     tensors = widened(state, layout)
     network = fit(net, tensors, layout).eval()
     disguise = Disguise(named_tensors(network), layout, np.random.default_rng(0))
-    found = {slot.tensor: each for (_, slot), (each, _) in disguise.sizes(named_tensors(network)).items()}
+    found = {slot.tensor: each for (_, slot), (each, _) in disguise.target_norms(named_tensors(network)).items()}
     norms, factors = found["0.weight"].numpy(), found["1.weight"].numpy()
     assert norms.min() >= sizes.min() - 1e-5 and norms.max() <= sizes.max() + 1e-5
     assert np.quantile(norms, (0.25, 0.5, 0.75)) == pytest.approx(
@@ -245,7 +245,7 @@ def test_looks_are_distributed_as_those_of_real_channels(planted: Net) -> None:
     with torch.no_grad():
         for value in confusion.values.values():
             value.normal_(0, 5)
-    confusion.cap(disguise.sizes(named_tensors(network)))
+    confusion.cap(disguise.target_norms(named_tensors(network)))
     rows = confusion.tensors()["0.weight"][20:].flatten(1).norm(dim=1)
     assert torch.allclose(rows.double(), found["0.weight"].double(), rtol=1e-4)
 

@@ -151,7 +151,7 @@ def assemble(
     *,
     norms: NormFill = "joint",
     jitter: float = 0.0,
-    smear: float | None = None,
+    weight_jitter: float | None = None,
     groups: NDArray[np.int64] | None = None,
 ) -> list[Tensor]:
     """Fill gaps: weights as ``draw`` says, all other entries from real channels; none of them equal floats.
@@ -165,7 +165,7 @@ def assemble(
             ``groups``.
         norms: Where entries other than weights come from.
         jitter: See `Floats.jittered`; defaults of a layer have none.
-        smear: The same for weights, where it is not ``jitter``.
+        weight_jitter: The same for weights, where it is not ``jitter``.
         groups: Group of each confusion channel, ``(count,)``; entries other than weights are its group's.
 
     Returns:
@@ -179,7 +179,7 @@ def assemble(
         floats = known[gap.slot.tensor]
         real = real_rows(gap, neurons.site.width, rng)
         if gap.slot.role not in DEFAULTS:
-            rows = floats.jittered(draw(gap, real), jitter if smear is None else smear, rng)
+            rows = floats.jittered(draw(gap, real), jitter if weight_jitter is None else weight_jitter, rng)
         elif norms == "default":
             rows = real.new_full((neurons.count, *real.shape[1:]), DEFAULTS[gap.slot.role])
             values.append(placed(rows, gap))

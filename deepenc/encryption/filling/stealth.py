@@ -82,7 +82,7 @@ class Disguise:
             drawn = rng.normal(size=(len(forged), len(known))) @ scores / len(known) ** 0.5
             self._ranks[site.name] = torch.from_numpy(norm.cdf(drawn))
 
-    def sizes(self, tensors: Mapping[str, Tensor]) -> Limits:
+    def target_norms(self, tensors: Mapping[str, Tensor]) -> Limits:
         """How large each confusion channel shall be in each slot; the least and the largest are equal."""
         result, victims = {}, {site.name: site for site in self._layout.sites}
         for site, _, real in _sites(self._layout):

@@ -40,7 +40,7 @@ def ascent(
         after the last, one more channel anywhere would exceed the budget, or what the candidates have.
     """
     counts = dict(allocation)
-    now, turn = candidates.settle(counts), 0
+    now, turn = candidates.rebase(counts), 0
     yield _positive(counts), now
     heap = [(float("-inf"), -1, order) for order in range(len(ledger.sites))]
     while heap:
@@ -52,7 +52,7 @@ def ascent(
         wanted = {**counts, name: counts.get(name, 0) + more}
         if seen == turn:
             counts, turn = wanted, turn + 1
-            now = candidates.settle(counts)
+            now = candidates.rebase(counts)
             heapq.heappush(heap, (known, seen, order))
             yield _positive(counts), now
             continue

@@ -1,7 +1,7 @@
 """Equation 1 for many candidate allocations of one network, quickly.
 
 Each site is filled once with the most channels that a candidate may have; a candidate has the first ΔC of
-them. It runs only those operators whose inputs differ from those of the allocation that was settled on, or
+them. It runs only those operators whose inputs differ from those of the allocation that it was rebased on, or
 of the one evaluated before it (see `response.replay`); a network whose operators depend on widths
 or data in another way is run whole. Nothing is approximated.
 """
@@ -179,8 +179,8 @@ class Candidates:
         self._last = counts, Response(distance / n, squared / n, relative)
         return self._last[1]
 
-    def settle(self, allocation: Mapping[str, int]) -> Response:
-        """As `response`; candidates that come after start from this one, until another is settled on."""
+    def rebase(self, allocation: Mapping[str, int]) -> Response:
+        """As `response`; candidates that come after start from this one, until it is rebased."""
         result = self.response(allocation)
         self._base_parts = dict(self._parts)
         self._base_state = self._last_state

@@ -60,11 +60,11 @@ def check(net: Net, *, fast: bool, measure: str = "logits") -> None:
         assert_same(got, want)
     base = {site.name: 1 for site in net[2]}
     base[net[2][0].name] = MOST
-    found.settle(base)
+    found.rebase(base)
     for site in net[2][1:]:
         more = {**base, site.name: 2}
         assert_same(found.response(more), slow(found, net, more, images, measure))
-    assert_same(found.settle({}), Response(0, 0, 0))
+    assert_same(found.rebase({}), Response(0, 0, 0))
 
 
 def assert_same(got: Response, want: Response) -> None:
@@ -151,7 +151,7 @@ def test_only_what_changes_is_run(resnet: Net) -> None:
     work = [int(program.reached[site.name].sum()) for site in resnet[2]]
     assert work == sorted(work, reverse=True)
     assert work[-1] < 0.2 * program.needed.sum()
-    base = found.settle({}), found._last_state
+    base = found.rebase({}), found._last_state
     assert base[1] is not None
     found.response({resnet[2][-1].name: 2})
     state = found._last_state
