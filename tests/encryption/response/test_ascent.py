@@ -126,7 +126,7 @@ class Curve:
         value = self.values[sum(allocation.values())]
         return Response(value, value**2, value / 2)
 
-    settle = response
+    rebase = response
 
 
 def line(values: Sequence[float]) -> tuple[Candidates, Ledger]:

@@ -239,7 +239,7 @@ class Planted:
         value = sum(self.weights[name] * count**0.5 for name, count in allocation.items())
         return Response(value, value, value)
 
-    settle = response
+    rebase = response
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0, 2.0])
