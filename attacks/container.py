@@ -106,7 +106,9 @@ class Container(Attack):
 def opened(tensors: Mapping[str, Tensor], layout: Layout, site: Site) -> tuple[Neurons, list[Tensor]]:
     """A site's confusion channels before they were filled, if the layout is right, and what is in them."""
     own = {slot.tensor: tensors[slot.tensor].detach().cpu() for slot in site.slots}
-    held = [own[slot.tensor].index_select(slot.dim, layout.forged(site, slot)) for slot in site.slots]
+    held = [
+        own[slot.tensor].index_select(slot.dim, layout.confusion_entries(site, slot)) for slot in site.slots
+    ]
     victim = {
         name: narrow(tensor, layout.kept(name, layout.narrowed_shape(name, tensor.shape)))
         for name, tensor in own.items()

@@ -102,7 +102,7 @@ class Shadow(Attack):
         model = self._model(seed % 2**32)
         model.fit(
             np.concatenate([side_by_side(sample.rows, columns) for sample in samples]),
-            np.concatenate([sample.forged for sample in samples]),
+            np.concatenate([sample.inserted for sample in samples]),
         )
         column = model.classes_.tolist().index(True)
         return {n: model.predict_proba(side_by_side(rows, columns))[:, column] for n, rows in victim.items()}

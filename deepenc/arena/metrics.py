@@ -216,17 +216,17 @@ def detection(
         if not count:
             continue
         values = scores.get(site.name, np.zeros(site.width))
-        forged = np.zeros(site.width, dtype=bool)
-        forged[list(positions[site.name])] = True
-        tried = int((values >= values[forged].min()).sum())
+        inserted = np.zeros(site.width, dtype=bool)
+        inserted[list(positions[site.name])] = True
+        tried = int((values >= values[inserted].min()).sum())
         if tried == count:
             found.append(site.name)
         left += _log2_comb(tried, count)
         total += _log2_comb(site.width, count)
-        wins += rankdata(values)[forged].sum() - count * (count + 1) / 2  # Mann and Whitney's U
+        wins += rankdata(values)[inserted].sum() - count * (count + 1) / 2  # Mann and Whitney's U
         pairs += count * (site.width - count)
         ranks.append((0.5 - rankdata(-values)) / count)
-        truth.append(forged)
+        truth.append(inserted)
     if not truth:
         return None
     rank, label = np.concatenate(ranks), np.concatenate(truth)

@@ -11,7 +11,7 @@ from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Original, Weights, filled
-from deepenc.encryption.filling.entries import forged_mask
+from deepenc.encryption.filling.entries import confusion_mask
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, verify
 from deepenc.encryption.keys.secret import derive_rng
@@ -120,7 +120,7 @@ def follow(
         if old[name].shape != tensor.shape or old[name].dtype != tensor.dtype:
             raise SiteError(f"tensor {name!r} has another shape or dtype than that of the last release")
         tensors[name] = torch.where(
-            forged_mask(layout, name, tensor.shape).to(tensor.device), old[name], tensor
+            confusion_mask(layout, name, tensor.shape).to(tensor.device), old[name], tensor
         )
     network = fit(arranged.model, tensors, layout)
     before = old | _true_tensors(key, old)
@@ -154,7 +154,7 @@ def _true_tensors(key: Key, released: Mapping[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in key.withheld_tensors().items():
         arranged = key.arrangement.apply({name: tensor}, key.sites).get(name, tensor)
         whole = released[name].clone()
-        real = ~forged_mask(layout, name, whole.shape).to(whole.device)
+        real = ~confusion_mask(layout, name, whole.shape).to(whole.device)
         result[name] = whole.masked_scatter(real, arranged.to(whole.device))
     return result
 
@@ -230,7 +230,7 @@ def fill(layout: Layout, victim: State, tensors: State, make: Callable[[Neurons]
             neurons = Neurons.of(site, layout, victim)
             for gap, value in zip(neurons.gaps, make(neurons), strict=True):
                 target = tensors[gap.slot.tensor]
-                entries = layout.forged(site, gap.slot)
+                entries = layout.confusion_entries(site, gap.slot)
                 target.index_copy_(gap.slot.dim, entries.to(target.device), value.to(target.device))
 
 

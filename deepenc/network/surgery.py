@@ -43,7 +43,7 @@ class _Insertion:
     """What is inserted along one dimension of one tensor."""
 
     end: int  # the victim's entries that the slots reach over
-    forged: NDArray[np.int64]  # inserted entries, in widened coordinates
+    inserted: NDArray[np.int64]  # inserted entries, in widened coordinates
 
 
 class Layout:
@@ -73,7 +73,7 @@ class Layout:
         self._insertions: dict[str, dict[int, _Insertion]] = defaultdict(dict)
         for (tensor, dim), entries in meeting.items():
             insertion = self._insertion(sorted(entries, key=lambda entry: entry[0].start))
-            if len(insertion.forged):
+            if len(insertion.inserted):
                 self._insertions[tensor][dim] = insertion
 
     @classmethod
@@ -90,10 +90,10 @@ class Layout:
             if slot.start < cursor:
                 raise SiteError(f"site {site.name!r}: {slot} overlaps the slot before it")
             self._starts[slot.tensor, slot.dim, slot.start] = slot.start + shift
-            forged = self.widened_slot(slot).entries(self.positions[site.name]).numpy()
-            pieces.append(forged)
+            inserted = self.widened_slot(slot).entries(self.positions[site.name]).numpy()
+            pieces.append(inserted)
             cursor = slot.start + site.width * slot.block
-            shift += len(forged)
+            shift += len(inserted)
         return _Insertion(cursor, np.concatenate(pieces))
 
     def changed(self) -> Iterator[str]:
@@ -109,7 +109,7 @@ class Layout:
                     f"tensor {name!r} of shape {tuple(shape)} has no dimension {dim} to be widened; are the "
                     "sites or the key those of another network?"
                 )
-            sizes[dim] += len(insertion.forged)
+            sizes[dim] += len(insertion.inserted)
         return tuple(sizes)
 
     def narrowed_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -134,8 +134,8 @@ class Layout:
                     f"the sites reach to entry {insertion.end} of dimension {dim} of tensor {name!r}, whose "
                     f"shape is {tuple(shape)}; are the sites or the key those of another network?"
                 )
-            real = np.ones(shape[dim] + len(insertion.forged), dtype=bool)
-            real[insertion.forged] = False
+            real = np.ones(shape[dim] + len(insertion.inserted), dtype=bool)
+            real[insertion.inserted] = False
             result[dim] = torch.from_numpy(np.flatnonzero(real))
         return result
 
@@ -143,7 +143,7 @@ class Layout:
         """The slot as it lies in the widened tensor: its start moved by what was inserted before it."""
         return replace(slot, start=self._starts[slot.tensor, slot.dim, slot.start])
 
-    def forged(self, site: Site, slot: Slot) -> Tensor:
+    def confusion_entries(self, site: Site, slot: Slot) -> Tensor:
         """Entries of a site's confusion channels along a slot of the widened tensor; ``(count * block,)``."""
         return self.widened_slot(slot).entries(self.positions[site.name])
 

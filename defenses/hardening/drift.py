@@ -45,34 +45,34 @@ class Drift(Hardening):
         """See `Hardening.follow`."""
         now = named_tensors(network)
         for site, wide in zip(layout.sites, layout.widened_sites(), strict=True):
-            forged = list(layout.positions[site.name])
-            if not forged:
+            inserted = list(layout.positions[site.name])
+            if not inserted:
                 continue
-            real = np.setdiff1d(np.arange(wide.width), forged)
-            donors = rng.choice(real, size=len(forged))
+            real = np.setdiff1d(np.arange(wide.width), inserted)
+            donors = rng.choice(real, size=len(inserted))
             with torch.no_grad():
                 for slot in wide.slots:
                     if now[slot.tensor].is_floating_point():
-                        _move(now[slot.tensor], before[slot.tensor], slot, forged, donors.tolist())
+                        _move(now[slot.tensor], before[slot.tensor], slot, inserted, donors.tolist())
 
 
-def _move(now: Tensor, before: Tensor, slot: Slot, forged: list[int], donors: list[int]) -> None:
+def _move(now: Tensor, before: Tensor, slot: Slot, inserted: list[int], donors: list[int]) -> None:
     """Move some channels in one slot, in place, each by the step of its donor."""
 
     def rows(tensor: Tensor, channels: list[int]) -> Tensor:
         return tensor.detach().index_select(slot.dim, slot.entries(channels).to(tensor.device))
 
-    own, (old, new) = rows(before, forged), (rows(before, donors), rows(now, donors))
+    own, (old, new) = rows(before, inserted), (rows(before, donors), rows(now, donors))
     if now.ndim > 1:
         shape = own.movedim(slot.dim, 0).shape
-        flat = [x.double().movedim(slot.dim, 0).reshape(len(forged), -1) for x in (own, old, new)]
+        flat = [x.double().movedim(slot.dim, 0).reshape(len(inserted), -1) for x in (own, old, new)]
         moved = _turned(*flat).reshape(shape).movedim(0, slot.dim)
     elif slot.role in FACTORS:
         factor = torch.where(old.abs() > TINY, new.double() / old.double(), 1.0)
         moved = own * factor.clamp(1 / MOST, MOST)
     else:
         moved = own.double() + (new.double() - old.double())
-    now.index_copy_(slot.dim, slot.entries(forged).to(now.device), moved.to(now.dtype))
+    now.index_copy_(slot.dim, slot.entries(inserted).to(now.device), moved.to(now.dtype))
 
 
 def _turned(own: Tensor, old: Tensor, new: Tensor) -> Tensor:

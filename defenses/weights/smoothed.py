@@ -51,7 +51,9 @@ class Smoothed(Weights):
             return pool[index.to(pool.device)]
 
         weight_jitter = 0.0 if density else None
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, weight_jitter=weight_jitter)
+        return assemble(
+            neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, weight_jitter=weight_jitter
+        )
 
 
 def between(pool: Tensor, uniform: np.ndarray) -> Tensor:

@@ -58,7 +58,7 @@ def noisy(network, layout, seed, loud=1.0):
     with torch.no_grad():
         for site in layout.sites:
             for slot in site.slots:
-                entries, tensor = layout.forged(site, slot), tensors[slot.tensor]
+                entries, tensor = layout.confusion_entries(site, slot), tensors[slot.tensor]
                 shape = list(tensor.shape)
                 shape[slot.dim] = len(entries)
                 noise = loud * tensor.std() * torch.randn(shape, generator=generator)
@@ -101,11 +101,11 @@ def partners(layout, orders):
     """What `match` ought to say: where each channel of the encrypted network is in the shuffled one."""
     truth = {}
     for site in layout.sites:
-        forged = set(layout.positions[site.name])
+        inserted = set(layout.positions[site.name])
         original = itertools.count()
         inverse = {int(o): i for i, o in enumerate(orders[site.name])}
-        total = site.width + len(forged)
-        truth[site.name] = [-1 if c in forged else inverse[next(original)] for c in range(total)]
+        total = site.width + len(inserted)
+        truth[site.name] = [-1 if c in inserted else inverse[next(original)] for c in range(total)]
     return truth
 
 
@@ -119,11 +119,11 @@ def test_permuted_rescaled_and_widened_networks_are_matched_exactly(chain, sites
     )
     assert {n: m.partner.tolist() for n, m in found.items()} == partners(layout, orders)
     for name, matched in found.items():
-        forged = list(layout.positions[name])
+        inserted = list(layout.positions[name])
         strangeness = matched.strangeness()
         rest = torch.ones(len(strangeness), dtype=torch.bool)
-        rest[forged] = False
-        assert strangeness[forged].min() > 1.5 > 0.2 > strangeness[rest].max()
+        rest[inserted] = False
+        assert strangeness[inserted].min() > 1.5 > 0.2 > strangeness[rest].max()
 
 
 def test_the_shuffled_network_computes_the_same(chain, sites):
@@ -137,12 +137,12 @@ def test_two_releases_match_in_what_is_real(chain, sites):
     tensors = named_tensors(noisy(chain, one, 5)), named_tensors(noisy(chain, two, 6))
     found = match(tensors[0], one.widened_sites(), tensors[1], two.widened_sites())
     for site in one.widened_sites():
-        forged = one.positions[site.name]
-        own = [c for c in range(site.width) if c not in forged]
+        inserted = one.positions[site.name]
+        own = [c for c in range(site.width) if c not in inserted]
         others = [c for c in range(site.width) if c not in two.positions[site.name]]
         matched = found[site.name]
         assert matched.partner[own].tolist() == others
-        assert matched.cosine[own].min() > 0.999 > 0.8 > matched.cosine[list(forged)].max()
+        assert matched.cosine[own].min() > 0.999 > 0.8 > matched.cosine[list(inserted)].max()
         assert matched.pairs()[0].tolist() == own
 
 

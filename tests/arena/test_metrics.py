@@ -226,7 +226,7 @@ def test_sites_need_not_be_comparable():
 
 
 def test_perfect_scores_at_sites_of_different_proportions():
-    """One of 20 channels here, 10 of 20 there: shares of ranks would rank real ones above forged ones."""
+    """One of 20 channels here, 10 of 20 there: shares of ranks would rank real ones above inserted ones."""
     sites = [site("a", 20), site("b", 20)]
     few, many = [0.0] * 19 + [1.0], [1.0] * 10 + [0.0] * 10
     found = detection(as_scores(sites, a=few, b=many), sites, {"a": (19,), "b": tuple(range(10))})
@@ -234,7 +234,7 @@ def test_perfect_scores_at_sites_of_different_proportions():
 
 
 def test_auc_compares_channels_of_one_site():
-    """Site a: its one forged channel wins 2 of 3 pairs; site b: its two win 1 of 2 pairs. 3 of 5."""
+    """Site a: its one inserted channel wins 2 of 3 pairs; site b: its two win 1 of 2 pairs. 3 of 5."""
     sites = [site("a", 4), site("b", 3)]
     found = detection(as_scores(sites, a=[3, 1, 2, 4], b=[5, 1, 3]), sites, {"a": (0,), "b": (0, 1)})
     assert found.auc == pytest.approx(3 / 5)
@@ -275,7 +275,7 @@ def test_sites_without_confusion_channels_do_not_count():
 
 
 def test_tpr_at_one_percent_by_hand():
-    """200 real channels, 4 forged: two above all real ones, one below two, one below three of them."""
+    """200 real channels, 4 inserted: two above all real ones, one below two, one below three of them."""
     values = [float(v) for v in range(200)] + [300.0, 301.0, 197.5, 196.5]
     sites = [site("a", 204)]
     found = detection(as_scores(sites, a=values), sites, {"a": (200, 201, 202, 203)})
@@ -287,13 +287,13 @@ def test_tpr_at_one_percent_by_hand():
 def test_auc_and_bits_against_plain_versions(values, data):
     width = len(values)
     count = data.draw(st.integers(1, width - 1))
-    forged = data.draw(st.sampled_from(list(itertools.combinations(range(width), count))))
+    inserted = data.draw(st.sampled_from(list(itertools.combinations(range(width), count))))
     sites = [site("a", width)]
-    found = detection(as_scores(sites, a=values), sites, {"a": forged})
-    pairs = [(values[f], values[r]) for f in forged for r in set(range(width)) - set(forged)]
+    found = detection(as_scores(sites, a=values), sites, {"a": inserted})
+    pairs = [(values[f], values[r]) for f in inserted for r in set(range(width)) - set(inserted)]
     wins = [1.0 if f > r else 0.5 if f == r else 0.0 for f, r in pairs]
     assert found.auc == pytest.approx(sum(wins) / len(wins))
-    tried = [c for c in range(width) if values[c] >= min(values[f] for f in forged)]
+    tried = [c for c in range(width) if values[c] >= min(values[f] for f in inserted)]
     assert found.bits_left == pytest.approx(math.log2(len(list(itertools.combinations(tried, count)))))
 
 

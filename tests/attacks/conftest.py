@@ -135,7 +135,7 @@ def plant(trained: nn.Module) -> Plant:
         for site in layout.sites:
             for slot in site.slots:
                 if chosen.get(site.name):
-                    entries = layout.forged(site, slot)
+                    entries = layout.confusion_entries(site, slot)
                     shape = list(state[slot.tensor].shape)
                     shape[slot.dim] = len(entries)
                     values = fill(slot, tuple(shape), own[slot.tensor], generator)

@@ -35,8 +35,8 @@ def test_a_second_release_gives_the_key(plant, configuration):
     planted = plant(copies=(release(plant, OTHER, 6),), configuration=configuration)
     scores = Copies().attack(planted.case).scores
     assert planted.auc(scores) == BOTH
-    for name, forged in planted.positions.items():
-        real = [c for c in range(len(scores[name])) if c not in forged]
+    for name, inserted in planted.positions.items():
+        real = [c for c in range(len(scores[name])) if c not in inserted]
         assert scores[name][real].max() < 1e-3  # equal bit for bit, but for the factors between layers
     assert planted.case.meter.samples == 0
 

@@ -30,8 +30,8 @@ def test_what_has_no_partner_is_the_key(plant, trained, configuration, size):
     planted = plant(network=tuned_from(trained, size), public=trained, configuration=configuration)
     scores = PublicCheckpoint().attack(planted.case).scores
     assert planted.auc(scores) == BOTH
-    for name, forged in planted.positions.items():
-        assert (scores[name] >= 2).nonzero().flatten().tolist() == list(forged)
+    for name, inserted in planted.positions.items():
+        assert (scores[name] >= 2).nonzero().flatten().tolist() == list(inserted)
     assert planted.case.meter.samples == 0
 
 

@@ -118,10 +118,10 @@ def test_what_strategies_share_carries_over(smooth):
 
 
 def test_a_sample_is_cut_among_the_channels_that_were_there_before():
-    forged = np.array([False, True, False, False, True])
-    sample = Sample("site", {"a": np.arange(5.0)}, forged)
+    inserted = np.array([False, True, False, False, True])
+    sample = Sample("site", {"a": np.arange(5.0)}, inserted)
     cut = sample.without(np.array([True, False, True]))
-    assert cut.rows["a"].tolist() == [1.0, 2.0, 4.0] and cut.forged.tolist() == [True, False, True]
+    assert cut.rows["a"].tolist() == [1.0, 2.0, 4.0] and cut.inserted.tolist() == [True, False, True]
 
 
 def test_nothing_is_seen_where_nothing_can_be_known(plant, random_network):

@@ -58,10 +58,10 @@ def test_encrypted_path_agrees_with_the_released_network(encrypted: tuple[nn.Mod
     harden(network, key, original, path="encrypted")
     after = seen(network, original.data)
     for name in NORMS:
-        norm, forged = getattr(network, name), of(key, name)
-        assert not torch.allclose(before[name][forged], norm.running_mean[forged], rtol=0.1)
-        assert torch.allclose(after[name][0][forged], norm.running_mean[forged], rtol=1e-4, atol=1e-5)
-        assert torch.allclose(after[name][1][forged], norm.running_var[forged], rtol=1e-4)
+        norm, inserted = getattr(network, name), of(key, name)
+        assert not torch.allclose(before[name][inserted], norm.running_mean[inserted], rtol=0.1)
+        assert torch.allclose(after[name][0][inserted], norm.running_mean[inserted], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(after[name][1][inserted], norm.running_var[inserted], rtol=1e-4)
 
 
 def test_clean_path_is_what_the_victims_own_channels_give(
@@ -74,11 +74,11 @@ def test_clean_path_is_what_the_victims_own_channels_give(
     with torch.no_grad():
         hidden = torch.relu(victim.bn1(victim.conv1(original.data)))
     own = [c for c in range(weight.shape[1]) if c not in of(key, "bn1")]
-    forged = of(key, "bn2")
-    made = nn.functional.conv2d(hidden, weight[forged][:, own], stride=2, padding=1)
-    assert torch.allclose(network.bn2.running_mean[forged], made.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    inserted = of(key, "bn2")
+    made = nn.functional.conv2d(hidden, weight[inserted][:, own], stride=2, padding=1)
+    assert torch.allclose(network.bn2.running_mean[inserted], made.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert torch.allclose(
-        network.bn2.running_var[forged], made.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-6
+        network.bn2.running_var[inserted], made.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-6
     )
 
 

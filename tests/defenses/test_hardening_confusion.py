@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deepenc.analysis.batchnorm import batch_moments, batch_statistics
 from deepenc.analysis.features import features
-from deepenc.encryption.filling.entries import Confusion, forged_mask, limits
+from deepenc.encryption.filling.entries import Confusion, confusion_mask, limits
 from deepenc.encryption.filling.stealth import Disguise, _statistics, _table, penalty
 from deepenc.network.gates import Gated
 from deepenc.network.sites import Role, Site
@@ -30,7 +30,7 @@ def crowd(planted: Net) -> tuple[nn.Module, Layout, Tensor]:
     tensors = widened(net.state_dict(), layout)
     for name, tensor in tensors.items():
         noise = torch.rand(tensor.shape, generator=generator) + 0.5
-        tensors[name] = torch.where(forged_mask(layout, name, tensor.shape), noise, tensor)
+        tensors[name] = torch.where(confusion_mask(layout, name, tensor.shape), noise, tensor)
     inputs = torch.randn(6, 3, 4, 4, generator=generator)
     net[1].running_var.clamp_(0.5)
     return fit(net, tensors, layout).eval(), layout, inputs
@@ -43,7 +43,7 @@ def test_the_mask_is_what_inserting_leaves_empty(planted: Net) -> None:
         if name in set(layout.changed()):
             shape = layout.widened_shape(name, tensor.shape)
             empty = widen(torch.ones_like(tensor), layout.kept(name, tensor.shape), shape) == 0
-            assert torch.equal(forged_mask(layout, name, shape), empty)
+            assert torch.equal(confusion_mask(layout, name, shape), empty)
             assert 0 < empty.sum() < empty.numel()
 
 
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_whole_network_at_the_confusion_entries(
         (dict(network.named_parameters())[name] for name in confusion.values),
         strict=True,
     ):
-        mask = forged_mask(layout, name, parameter.shape)
+        mask = confusion_mask(layout, name, parameter.shape)
         assert torch.allclose(gradient, parameter.grad[mask], rtol=1e-4, atol=1e-5), name
 
 
@@ -83,7 +83,7 @@ def test_storing_changes_confusion_entries_only(
     for name, tensor in network.state_dict().items():
         wanted = before[name].clone()
         if name in confusion.values:
-            wanted[forged_mask(layout, name, wanted.shape)] = -77
+            wanted[confusion_mask(layout, name, wanted.shape)] = -77
         assert torch.equal(tensor, wanted), name
 
 
@@ -127,18 +127,18 @@ def test_the_cap_shrinks_what_is_too_large_and_nothing_else(
     confusion.cap(by_victim)
     after = confusion.tensors()
     for victim, site in zip(layout.sites, layout.widened_sites(), strict=True):
-        forged = list(layout.positions[site.name])
+        inserted = list(layout.positions[site.name])
         for slot, moved in zip(victim.slots, site.slots, strict=True):
             if slot.tensor in after:
                 least, largest = by_victim[site.name, slot]
-                rows = moved.rows(after[slot.tensor].detach(), site.width)[forged].double()
+                rows = moved.rows(after[slot.tensor].detach(), site.width)[inserted].double()
                 sizes = rows if after[slot.tensor].ndim == 1 else rows.norm(dim=1)
                 assert sizes.min() >= least - 1e-6 and sizes.max() <= largest * (1 + 1e-5)
     # What only the second site owns was within its own network's limits.
     for name in ("3.bias", "6.weight"):
         assert torch.equal(after[name], before[name])
     assert not torch.equal(after["0.weight"], before["0.weight"])
-    mask = forged_mask(layout, "0.weight", after["0.weight"].shape)
+    mask = confusion_mask(layout, "0.weight", after["0.weight"].shape)
     assert torch.equal(after["0.weight"][~mask], before["0.weight"][~mask])
     # Rows are shrunk, not turned.
     row = layout.positions["0"][0]
@@ -169,7 +169,7 @@ def redrawn(network: nn.Module, layout: Layout, scale: float) -> dict[str, Tenso
     tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(network).items()}
     for name in layout.changed():
         drawn = torch.randn(tensors[name].shape, generator=generator) / 4 + (tensors[name].ndim == 1)
-        mask = forged_mask(layout, name, drawn.shape)
+        mask = confusion_mask(layout, name, drawn.shape)
         tensors[name][mask] = scale * drawn[mask]
     return tensors
 
@@ -232,7 +232,9 @@ def test_looks_are_distributed_as_those_of_real_channels(planted: Net) -> None:
     tensors = widened(state, layout)
     network = fit(net, tensors, layout).eval()
     disguise = Disguise(named_tensors(network), layout, np.random.default_rng(0))
-    found = {slot.tensor: each for (_, slot), (each, _) in disguise.target_norms(named_tensors(network)).items()}
+    found = {
+        slot.tensor: each for (_, slot), (each, _) in disguise.target_norms(named_tensors(network)).items()
+    }
     norms, factors = found["0.weight"].numpy(), found["1.weight"].numpy()
     assert norms.min() >= sizes.min() - 1e-5 and norms.max() <= sizes.max() + 1e-5
     assert np.quantile(norms, (0.25, 0.5, 0.75)) == pytest.approx(

@@ -65,10 +65,10 @@ def test_confusion_channels_move_like_real_ones(more: tuple[object, ...]) -> Non
     for site in subject.sites:
         rows, moved = (state[f"{site.name}.weight"].flatten(1) for state in (before, after))
         far = (moved - rows).norm(dim=1) / rows.norm(dim=1)
-        forged = list(key.positions[site.name])
-        real = [channel for channel in range(len(rows)) if channel not in forged]
-        assert far[real].min() / 2 < far[forged].min()
-        assert far[forged].max() < 2 * far[real].max()
+        inserted = list(key.positions[site.name])
+        real = [channel for channel in range(len(rows)) if channel not in inserted]
+        assert far[real].min() / 2 < far[inserted].min()
+        assert far[inserted].max() < 2 * far[real].max()
 
 
 @pytest.mark.parametrize(("step", "told"), [(None, True), (Drift(), False)])
@@ -80,11 +80,11 @@ def test_what_two_releases_tell(step: Drift | None, told: bool) -> None:
     one, two = encryption.tensors, other.tensors
     for site in subject.sites:
         rows, others = (state[f"{site.name}.weight"].flatten(2) for state in (one, two))
-        forged = list(encryption.key.positions[site.name])
+        inserted = list(encryption.key.positions[site.name])
         moved = (rows - others).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1)
         assert (encryption.key.positions[site.name] == other.key.positions[site.name]) is not told
         # A channel drawn again at the same place changes by about its own size, and a half is a safe bound.
-        assert (moved[forged].max() < 0.5) is not told
+        assert (moved[inserted].max() < 0.5) is not told
 
 
 def test_only_a_defense_that_follows_can() -> None:

@@ -85,9 +85,9 @@ def test_confusion_channels_stay_within_the_norms_of_the_real_ones(encrypted: Ma
     allowed = limits(named_tensors(encrypted[2].model), layout.sites, 0.75)
     tensors = network.state_dict()
     for site, wide in zip(layout.sites, layout.widened_sites(), strict=True):
-        forged, at_the_cap = list(layout.positions[site.name]), 0
+        inserted, at_the_cap = list(layout.positions[site.name]), 0
         for slot, moved in zip(site.slots, wide.slots, strict=True):
-            rows = moved.rows(tensors[slot.tensor], wide.width)[forged]
+            rows = moved.rows(tensors[slot.tensor], wide.width)[inserted]
             least, largest = allowed[site.name, slot]
             if tensors[slot.tensor].ndim > 1:
                 assert (rows.norm(dim=1) <= largest * (1 + 1e-5)).all()
@@ -138,11 +138,11 @@ def test_equal_generators_make_equal_networks(encrypted: Made) -> None:
 
 def test_own_statistics_agree_with_data_on_the_clean_path(encrypted: Made) -> None:
     network, key, original = hardened(encrypted, steps=5), encrypted[1], encrypted[2]
-    forged = list(key.positions["conv1"])
+    inserted = list(key.positions["conv1"])
     with torch.no_grad():
-        made = network.conv1(original.data)[:, forged]  # nothing comes before the first layer
-    assert torch.allclose(network.bn1.running_mean[forged], made.mean((0, 2, 3)), atol=1e-4)
-    assert torch.allclose(network.bn1.running_var[forged], made.var((0, 2, 3)), rtol=1e-2)
+        made = network.conv1(original.data)[:, inserted]  # nothing comes before the first layer
+    assert torch.allclose(network.bn1.running_mean[inserted], made.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(network.bn1.running_var[inserted], made.var((0, 2, 3)), rtol=1e-2)
 
 
 def test_stealth_trades_harm_for_likeness(encrypted: Made) -> None:
@@ -162,10 +162,10 @@ def test_channels_in_disguise_do_not_crowd_at_the_cap(encrypted: Made) -> None:
     spread = []
     for network in (capped, hidden):
         rows = network.state_dict()["conv2.weight"].flatten(1).norm(dim=1)
-        forged = list(layout.positions["conv2"])
-        real = [channel for channel in range(len(rows)) if channel not in forged]
-        assert rows[forged].max() <= rows[real].max() * 1.01
-        spread.append(float(rows[forged].std() / rows[real].std()))
+        inserted = list(layout.positions["conv2"])
+        real = [channel for channel in range(len(rows)) if channel not in inserted]
+        assert rows[inserted].max() <= rows[real].max() * 1.01
+        spread.append(float(rows[inserted].std() / rows[real].std()))
     assert spread[0] < 0.1 < spread[1]
     assert change(hidden, original, original.data) > 2 * change(encrypted[0], original, original.data)
 
@@ -175,10 +175,10 @@ def test_as_many_real_channels_are_missing_as_confusion_channels(encrypted: Made
     found = missing(confusion, 0.4, np.random.default_rng(0))
     drawn = [next(found) for _ in range(2000)]
     for site in confusion.sites:
-        forged = list(encrypted[1].positions[site.name])
+        inserted = list(encrypted[1].positions[site.name])
         silent = 1 - torch.stack([gates[site.name] for gates in drawn]).mean(0)
-        assert silent[forged].numpy() == pytest.approx(0.4, abs=0.05)
-        assert float(silent.sum()) == pytest.approx(2 * 0.4 * len(forged), abs=0.1)
+        assert silent[inserted].numpy() == pytest.approx(0.4, abs=0.05)
+        assert float(silent.sum()) == pytest.approx(2 * 0.4 * len(inserted), abs=0.1)
     one, two = (hardened(encrypted, steps=6, removal=share) for share in (0.0, 0.5))
     assert not torch.equal(one.conv1.weight, two.conv1.weight)
 

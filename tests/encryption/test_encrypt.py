@@ -73,10 +73,10 @@ class Harden(Hardening):
         name = next(layout.changed())
         real = layout.kept(name, layout.narrowed_shape(name, state[name].shape))
         dim, index = next(iter(real.items()))
-        forged = torch.ones(state[name].shape[dim], dtype=torch.bool)
-        forged[index] = False
+        inserted = torch.ones(state[name].shape[dim], dtype=torch.bool)
+        inserted[index] = False
         if self.fault == "none":
-            state[name].index_fill_(dim, forged.nonzero().flatten(), 7.0)
+            state[name].index_fill_(dim, inserted.nonzero().flatten(), 7.0)
         elif self.fault == "real":
             state[name].select(dim, int(index[0])).reshape(-1)[:1].add_(1e-3)
             state[name].index_fill_(dim, index[:1], 1.0)
@@ -85,7 +85,7 @@ class Harden(Hardening):
         elif self.fault == "shape":
             network[0].bias = nn.Parameter(torch.zeros(3))
         elif self.fault == "nan":
-            state[name].index_fill_(dim, forged.nonzero().flatten(), float("nan"))
+            state[name].index_fill_(dim, inserted.nonzero().flatten(), float("nan"))
         elif self.fault == "buffer":
             network.register_buffer("more", torch.zeros(1))
 
@@ -118,7 +118,7 @@ def test_decrypted_network_is_the_victim_bit_for_bit(net: Net) -> None:
 
 
 def test_confusion_channels_with_zero_weights_change_no_output(net: Net) -> None:
-    # The forged entries of outgoing tensors are zero, so that only misplaced real entries could show.
+    # The inserted entries of outgoing tensors are zero, so that only misplaced real entries could show.
     model, inputs, sites = net
     encrypted, _ = encrypt(model, inputs, defense(2, Filler(value=0.0)), seed=1, sites=sites)
     assert torch.allclose(encrypted(inputs), model(inputs), atol=1e-5)
@@ -303,8 +303,8 @@ def test_reshelter_keeps_positions_and_draws_new_weights(two_sites: Net) -> None
     again, new = reshelter(tuned, key, defense(5), example=inputs, seed=0)
     assert new.positions == key.positions and new.sites == key.sites and new.fingerprint != key.fingerprint
     assert same(decrypt(again, new), tuned)
-    forged = list(key.positions["0"])
-    assert not (again[0].weight[forged] == encrypted[0].weight[forged]).any()
+    inserted = list(key.positions["0"])
+    assert not (again[0].weight[inserted] == encrypted[0].weight[inserted]).any()
     with pytest.raises(KeyFileError):
         decrypt(again, key)
 

@@ -87,7 +87,7 @@ def test_forged_entries_are_the_ones_that_widen_leaves_empty(case: tuple[Layout,
         for site in layout.sites:
             for slot in site.slots:
                 if slot.tensor == name:
-                    filled.index_fill_(slot.dim, layout.forged(site, slot), False)
+                    filled.index_fill_(slot.dim, layout.confusion_entries(site, slot), False)
         assert torch.equal(filled, expected)
 
 
@@ -109,7 +109,7 @@ def test_blocks_and_starts_by_hand() -> None:
     assert kept[0].tolist() == [0, 1, 2, 5, 6, 9]
     wide = widen(torch.tensor([9, 1, 1, 2, 2, 9]), kept, layout.widened_shape("t", (6,)))
     assert wide.tolist() == [9, 1, 1, 0, 0, 2, 2, 0, 0, 9]
-    assert layout.forged(layout.sites[0], slot).tolist() == [3, 4, 7, 8]
+    assert layout.confusion_entries(layout.sites[0], slot).tolist() == [3, 4, 7, 8]
 
 
 @pytest.mark.parametrize("positions", [(2, 1), (1, 1), (-1, 0), (3, 4), (5,)])

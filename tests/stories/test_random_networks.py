@@ -56,7 +56,7 @@ def origins(site: Site, positions: tuple[int, ...]) -> list[int | None]:
     return [None if p in positions else next(real) for p in range(site.width + len(positions))]
 
 
-def forged(sites: tuple[Site, ...], positions: Positions) -> dict[tuple[str, int], dict[int, Role]]:
+def inserted(sites: tuple[Site, ...], positions: Positions) -> dict[tuple[str, int], dict[int, Role]]:
     """(Tensor, dim) -> widened entry -> its role, for each confusion entry; counted one by one."""
     meeting = defaultdict(list)
     for site in sites:
@@ -83,7 +83,7 @@ def silenced(model: nn.Module, sites: tuple[Site, ...], positions: Positions) ->
     tensors = named_tensors(network)
     generator = torch.Generator().manual_seed(3)
     contracted = {(s.tensor, s.dim) for site in sites if site.contracted for s in site.slots}
-    places = forged(sites, positions).items()
+    places = inserted(sites, positions).items()
     with torch.no_grad():
         for silent in (False, True):
             for (name, dim), entries in places:
@@ -143,7 +143,7 @@ def check_wrong_key(model: nn.Module, sites: tuple[Site, ...], positions: Positi
     """A single channel taken for another shows."""
     network = insert(model, Layout(sites, positions))
     generator = torch.Generator().manual_seed(4)
-    for (name, dim), entries in forged(sites, positions).items():
+    for (name, dim), entries in inserted(sites, positions).items():
         for entry in entries:
             part = named_tensors(network)[name].data.select(dim, entry)
             part.copy_(torch.randn(part.shape, generator=generator))

@@ -177,8 +177,8 @@ def _tight_lipped(defense: Defense) -> None:
         if measured is None:
             continue
         scores.append(measured.auc)
-        forged = sum(len(chosen) for chosen in encryption.key.positions.values())
-        truth.append((forged, sum(site.width for site in case.sites) - forged))
+        inserted = sum(len(chosen) for chosen in encryption.key.positions.values())
+        truth.append((inserted, sum(site.width for site in case.sites) - inserted))
         suspects = most_suspect(array, encryption.key.configuration) if found.anything else {}
         close(case.meter)
         with torch.no_grad():

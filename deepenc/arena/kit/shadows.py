@@ -52,9 +52,9 @@ class Own:
         )
         sites = key.layout().widened_sites()
         for site, rows in described(named_tensors(network), sites, names).items():
-            forged = np.zeros(width(rows), dtype=bool)
-            forged[list(key.positions.get(site, ()))] = True
-            yield Sample(site, rows, forged)
+            inserted = np.zeros(width(rows), dtype=bool)
+            inserted[list(key.positions.get(site, ()))] = True
+            yield Sample(site, rows, inserted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +64,19 @@ class Sample:
     Attributes:
         site: Its name.
         rows: The features of its channels.
-        forged: Which of them were inserted, ``(channels,)``.
+        inserted: Which of them were inserted, ``(channels,)``.
     """
 
     site: str
     rows: Rows
-    forged: NDArray[np.bool_]
+    inserted: NDArray[np.bool_]
 
     def without(self, original: NDArray[np.bool_]) -> Sample:
         """The sample without some of the channels that were there before, given by a mask over these."""
-        keep = self.forged.copy()
-        keep[~self.forged] = ~original
+        keep = self.inserted.copy()
+        keep[~self.inserted] = ~original
         rows = {name: values[keep] for name, values in self.rows.items()}
-        return Sample(self.site, rows, self.forged[keep])
+        return Sample(self.site, rows, self.inserted[keep])
 
 
 def described(

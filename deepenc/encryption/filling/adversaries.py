@@ -56,9 +56,9 @@ def missing(confusion: Confusion, share: float, rng: np.random.Generator) -> Ite
     while True:
         gates = {}
         for site in confusion.sites:
-            forged = list(confusion.layout.positions[site.name])
-            chance = np.full(site.width, share * len(forged) / max(1, site.width - len(forged)))
-            chance[forged] = share
+            inserted = list(confusion.layout.positions[site.name])
+            chance = np.full(site.width, share * len(inserted) / max(1, site.width - len(inserted)))
+            chance[inserted] = share
             kept = torch.from_numpy(rng.random(site.width) >= chance)
             gates[site.name] = kept.float().to(device)
         yield gates

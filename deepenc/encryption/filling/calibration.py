@@ -70,7 +70,7 @@ def _entries(network: nn.Module, layout: Layout) -> dict[str, Mapping[Role, Tens
     for site in layout.sites:
         for slot in site.slots if layout.positions[site.name] else ():
             if slot.role in (Role.MEAN, Role.VARIANCE) and slot.module in paths:
-                found[slot.module][slot.role].append(layout.forged(site, slot))
+                found[slot.module][slot.role].append(layout.confusion_entries(site, slot))
     return {path: {role: torch.cat(parts) for role, parts in roles.items()} for path, roles in found.items()}
 
 

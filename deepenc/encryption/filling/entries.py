@@ -22,7 +22,7 @@ see `limits`."""
 TINY = 1e-12
 
 
-def forged_mask(layout: Layout, name: str, shape: Sequence[int]) -> Tensor:
+def confusion_mask(layout: Layout, name: str, shape: Sequence[int]) -> Tensor:
     """Which entries of a widened tensor belong to confusion channels.
 
     Args:
@@ -68,7 +68,7 @@ class Confusion:
         for name in layout.changed():
             tensor = self._own[name].detach()
             if name not in fixed and tensor.is_floating_point():
-                mask = forged_mask(layout, name, tensor.shape).to(tensor.device)
+                mask = confusion_mask(layout, name, tensor.shape).to(tensor.device)
                 kind = torch.promote_types(tensor.dtype, torch.float32)
                 self._masks[name] = mask
                 self.values[name] = tensor[mask].to(kind, copy=True).requires_grad_()
@@ -109,7 +109,7 @@ class Confusion:
             for site in self.layout.sites:
                 for slot in site.slots if self.layout.positions[site.name] else ():
                     if slot.tensor in whole and (site.name, slot) in allowed:
-                        entries = self.layout.forged(site, slot).to(whole[slot.tensor].device)
+                        entries = self.layout.confusion_entries(site, slot).to(whole[slot.tensor].device)
                         part = whole[slot.tensor].index_select(slot.dim, entries)
                         capped = _capped(part, slot, *allowed[site.name, slot])
                         whole[slot.tensor].index_copy_(slot.dim, entries, capped)

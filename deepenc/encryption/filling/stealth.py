@@ -52,9 +52,9 @@ def penalty(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
         A scalar ``>= 0``.
     """
     found = []
-    for site, forged, real in _sites(layout):
+    for site, inserted, real in _sites(layout):
         table = _table(tensors, site)
-        z = _z(table[forged], table[real].mean(0), table[real])
+        z = _z(table[inserted], table[real].mean(0), table[real])
         found.append(_huber((z.abs() - 1).clamp_min(0)))
     return _mean(found, tensors)
 
@@ -75,11 +75,11 @@ class Disguise:
     def __init__(self, tensors: Mapping[str, Tensor], layout: Layout, rng: np.random.Generator) -> None:
         self._layout = layout
         self._ranks: dict[str, Tensor] = {}
-        for site, forged, real in _sites(layout):
+        for site, inserted, real in _sites(layout):
             known = _table(tensors, site)[real].detach().cpu().numpy()
             scores = norm.ppf((rankdata(known, axis=0) - 0.5) / len(known))
             scores /= np.maximum(scores.std(0), TINY)
-            drawn = rng.normal(size=(len(forged), len(known))) @ scores / len(known) ** 0.5
+            drawn = rng.normal(size=(len(inserted), len(known))) @ scores / len(known) ** 0.5
             self._ranks[site.name] = torch.from_numpy(norm.cdf(drawn))
 
     def target_norms(self, tensors: Mapping[str, Tensor]) -> Limits:
@@ -99,9 +99,9 @@ class Disguise:
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """How far the confusion channels are from their looks, counted as by `penalty`; nothing is free."""
         found = []
-        for site, forged, real in _sites(self._layout):
+        for site, inserted, real in _sites(self._layout):
             table = _table(tensors, site)
-            found.append(_huber(_z(table[forged], self._wanted(table[real], site), table[real])))
+            found.append(_huber(_z(table[inserted], self._wanted(table[real], site), table[real])))
         return _mean(found, tensors)
 
     def _wanted(self, real: Tensor, site: Site) -> Tensor:
@@ -117,10 +117,10 @@ class Disguise:
 def _sites(layout: Layout) -> Iterator[tuple[Site, list[int], list[int]]]:
     """Widened sites with confusion channels, and more than one real one: the site, those, and these."""
     for site in layout.widened_sites():
-        forged = list(layout.positions[site.name])
-        real = sorted(set(range(site.width)) - set(forged))
-        if forged and len(real) > 1:
-            yield site, forged, real
+        inserted = list(layout.positions[site.name])
+        real = sorted(set(range(site.width)) - set(inserted))
+        if inserted and len(real) > 1:
+            yield site, inserted, real
 
 
 def _z(values: Tensor, wanted: Tensor, real: Tensor) -> Tensor:

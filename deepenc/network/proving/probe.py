@@ -161,7 +161,7 @@ def _fill(network: nn.Module, layout: Layout) -> None:
                 tensor = state[slot.tensor].detach()
                 if (slot.role in quiet) is not silent or tensor.is_meta:
                     continue
-                entries = layout.forged(site, slot)
+                entries = layout.confusion_entries(site, slot)
                 shape = list(tensor.shape)
                 shape[slot.dim] = len(entries)
                 values = torch.zeros(shape)

@@ -162,7 +162,7 @@ def test_confusion_entries_are_drawn_from_their_tensor(victim: Path, tmp_path: P
     seen = {}
     for site in key.sites:
         for slot in site.slots:
-            forged = locked[slot.tensor].index_select(slot.dim, layout.forged(site, slot))
+            forged = locked[slot.tensor].index_select(slot.dim, layout.confusion_entries(site, slot))
             assert torch.isin(forged, original[slot.tensor]).all()
             pool = {value: i for i, value in enumerate(original[slot.tensor].flatten().tolist())}
             seen[slot.tensor] = [pool[value] for value in forged.flatten().tolist()]
@@ -177,7 +177,7 @@ def test_a_mixed_neuron_has_one_coin_in_all_tensors(victim: Path, tmp_path: Path
     for site in key.sites:
         coins = []
         for slot in site.slots:
-            forged = locked[slot.tensor].index_select(slot.dim, layout.forged(site, slot))
+            forged = locked[slot.tensor].index_select(slot.dim, layout.confusion_entries(site, slot))
             rows = forged.movedim(slot.dim, 0).reshape(20, slot.block, -1)
             coins.append(torch.isin(rows, original[slot.tensor]).all(dim=2).all(dim=1).tolist())
         assert all(coin == coins[0] for coin in coins)

@@ -84,7 +84,7 @@ class Inserter:
         neurons = Neurons.of(site, self._layout, {slots[0].tensor: victim})
         values = derived(self._weights, neurons, self._secret)
         return [
-            (slot.dim, self._layout.forged(site, slot), value)
+            (slot.dim, self._layout.confusion_entries(site, slot), value)
             for slot, value in zip(slots, values, strict=True)
         ]
 
