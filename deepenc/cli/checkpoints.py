@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepenc.cli.console import out
-from deepenc.errors import ConfigError, KeyFileError
+from deepenc.cli.release import refuse_key, refuse_published, staged_key
+from deepenc.errors import ConfigError, DeepencError, KeyFileError
+from deepenc.files import read_file, write_whole
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
     from deepenc.encryption.disk.sharded.rewrite import Progress as Told
+    from deepenc.encryption.disk.staging import Staged
     from deepenc.encryption.keys.key import Key
 
 
@@ -62,16 +65,13 @@ def encrypt(
     """
     from deepenc.encryption.defense import Defense
     from deepenc.encryption.disk.sharded.checkpoint import encrypt_checkpoint
-    from deepenc.encryption.disk.sharded.partial import partial_of
-    from deepenc.encryption.keys.key import load_key, save_key
+    from deepenc.encryption.disk.staging import partial_of
 
     chosen = Defense.of(defense)
+    refuse_key(key, folder, force)
     record = key.with_name(f".{key.name}.partial")
     if not partial_of(folder).exists():  # nothing to go on with: a secret is never used for two releases
         record.unlink(missing_ok=True)
-    resumes = record.exists() and passphrase is not None
-    if key.exists() and not force and not resumes:
-        raise ConfigError(f"{key} exists already; give another path, or --force to replace it")
     about = {
         "source": str(source.resolve()),
         "folder": str(folder.resolve()),
@@ -79,20 +79,20 @@ def encrypt(
     }
     secret = os.urandom(32) if passphrase is None else _secret(record, passphrase, about)
 
-    def keep(made: Key) -> None:
-        if resumes and key.exists() and not force:
-            try:
-                if load_key(key, passphrase, made.sites) == made:
-                    return
-            except KeyFileError:
-                pass
-            raise ConfigError(f"{key} exists already; give another path, or --force to replace it")
-        save_key(made, key, passphrase, recipients=recipients)
+    with ExitStack() as held, _progress("encrypting") as progress:
 
-    with _progress("encrypting") as progress:
-        made = encrypt_checkpoint(
-            source, folder, chosen, secret=secret, keep=keep, replace_target=force, progress=progress
-        )
+        def keep(made: Key) -> Staged:
+            sealed_for = passphrase, recipients
+            return held.enter_context(staged_key(made, key, sealed_for, folder, force))
+
+        try:
+            made = encrypt_checkpoint(
+                source, folder, chosen, secret=secret, keep=keep, replace_target=force, progress=progress
+            )
+        except DeepencError:
+            if not partial_of(folder).exists():  # nothing is left to go on with
+                record.unlink(missing_ok=True)
+            raise
     record.unlink(missing_ok=True)
     console = out()
     console.print(
@@ -126,6 +126,7 @@ def decrypt(
     from deepenc.encryption.disk.sharded.checkpoint import decrypt_checkpoint, sites_of
     from deepenc.encryption.keys.key import load_key
 
+    refuse_published(folder, source, "the victim")
     made = load_key(key, passphrase, sites_of(source), identity=identity)
     with _progress("decrypting") as progress:
         decrypt_checkpoint(source, made, folder, progress=progress)
@@ -140,15 +141,9 @@ def _secret(record: Path, passphrase: str, about: dict[str, str]) -> bytes:
         if not record.exists():
             secret = os.urandom(32)
             data = lock(json.dumps(about | {"secret": secret.hex()}).encode(), passphrase)
-            temporary = record.with_name(record.name + ".part")
-            temporary.unlink(missing_ok=True)
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, record)
+            write_whole(record, data, private=True)
             return secret
-        content = json.loads(unlock(record.read_bytes(), passphrase))
+        content = json.loads(unlock(read_file(record, 2**16), passphrase))
     except OSError as error:
         raise KeyFileError(
             f"cannot write beside the key to be, {record}: {error.strerror}; give a path in a writable folder"

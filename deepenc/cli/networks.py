@@ -10,7 +10,6 @@ import typer
 
 from deepenc.cli import checkpoints
 from deepenc.cli.console import out
-from deepenc.cli.files import refuse_to_replace
 from deepenc.cli.options import (
     CheckpointOption,
     ForceOption,
@@ -24,7 +23,7 @@ from deepenc.cli.options import (
     openings,
     source_named,
 )
-from deepenc.cli.release import write_release
+from deepenc.cli.release import refuse_folder, refuse_key, refuse_tensors, write_release
 from deepenc.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def encrypt(
     """
     if checkpoint_folder is not None:
         target = checkpoints.only(victim, folder)
-        refuse_to_replace(target, force)
+        refuse_folder(target, force)
         checkpoints.encrypt(
             checkpoint_folder, target, key, defense, *openings(passphrase_file, recipient), force=force
         )
@@ -63,8 +62,12 @@ def encrypt(
     from deepenc.victims.data.cache import cache_folder
 
     source, chosen = source_named(victim), Defense.of(defense)
-    refuse_to_replace(key, force)
-    refuse_to_replace(folder, force)
+    refuse_folder(folder, force)
+    refuse_key(key, folder, force)
+    if chosen.placement is None:
+        raise ConfigError(
+            f"the defense {chosen.name!r} inserts nothing, and would release the victim as it is"
+        )
     sealed_for = openings(passphrase_file, recipient)
     model, example = source.network(cache_folder())
     if source.random:
@@ -81,6 +84,7 @@ def encrypt(
         source=source.spec(),
         factory=source.structure(),
         defense=chosen.spec(),
+        force=force,
     )
     console = out()
     console.print(
@@ -114,13 +118,13 @@ def decrypt(
 
     if checkpoint_folder is not None:
         target, key = checkpoints.only(key, target), folder
-        checkpoints.decrypt(checkpoint_folder, key, target, *opening(passphrase_file, identity))
+        checkpoints.decrypt(checkpoint_folder, key, target, *opening(passphrase_file, identity, key))
         return
     if target is None:
         raise ConfigError("expected a folder, its key, and a file for the tensors; give OUT, too")
-    refuse_to_replace(target, force)
+    refuse_tensors(target, folder, [key, identity, passphrase_file], force)
     stored = checkpoint.load(folder)
-    passphrase, opener = opening(passphrase_file, identity)
+    passphrase, opener = opening(passphrase_file, identity, key)
     made = load_key(key, passphrase, stored.sites, identity=opener)
     restored = checkpoint.decrypt_tensors(stored.tensors, made)
     checkpoint.write_tensors(target, restored)

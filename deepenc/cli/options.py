@@ -134,11 +134,21 @@ def openings(
     return None if keys and file is None else _passphrase(file, new=True), keys
 
 
-def opening(file: Path | None, identity: Path | None) -> tuple[str | None, X25519PrivateKey | None]:
-    """What a sealed key is opened with: its passphrase, or a recipient's private key."""
+def opening(
+    file: Path | None, identity: Path | None, key: Path
+) -> tuple[str | None, X25519PrivateKey | None]:
+    """What a sealed key is opened with: its passphrase, or a recipient's private key.
+
+    Raises:
+        KeyFileError: The key is not there, or takes no passphrase where no private key is given.
+    """
+    from deepenc.encryption.keys.key import read_key
     from deepenc.encryption.keys.recipients import is_encrypted, read_identity
+    from deepenc.encryption.keys.sealing import ONLY_RECIPIENTS, takes_passphrase
 
     if identity is None:
+        if not takes_passphrase(read_key(key)):
+            raise KeyFileError(ONLY_RECIPIENTS)
         return _passphrase(file, new=False), None
     passphrase = _passphrase(file, new=False) if is_encrypted(identity) else None
     return None, read_identity(identity, passphrase)
@@ -153,7 +163,8 @@ def _passphrase(file: Path | None, *, new: bool) -> str:
     """
     if file is not None:
         try:
-            passphrase = file.read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r")
+            with file.open("rb") as lines:  # a pipe, too: <(pass show owner)
+                passphrase = lines.readline(2**16).decode().removesuffix("\n").removesuffix("\r")
         except (OSError, UnicodeDecodeError) as error:
             raise KeyFileError(f"cannot read a passphrase from {file}: {error}") from error
     elif ENVIRONMENT in os.environ:

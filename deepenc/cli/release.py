@@ -1,20 +1,128 @@
-"""Write an encrypted network and its key, and see that the one opens the other."""
+"""Write an encrypted network and its key, and see that the one opens the other; replace nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepenc.cli.files import replacing, same
-from deepenc.errors import CheckpointError
+from deepenc.errors import CheckpointError, ConfigError, KeyFileError
+from deepenc.files import only_one, open_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
     from torch import Tensor, nn
 
     from deepenc.encryption.disk.checkpoint import Checkpoint
+    from deepenc.encryption.disk.staging import Staged
     from deepenc.encryption.keys.key import Key
+
+HEADER = "deepenc.json"  # as in disk/header.py, which takes seconds to import
+
+
+def refuse_folder(folder: Path, force: bool) -> None:
+    """Complete an interrupted replacement of a release; raise ConfigError where it may not be replaced."""
+    from deepenc.encryption.disk.staging import finish
+
+    finish(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder for the encrypted network")
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not force:
+        raise ConfigError(f"{folder} exists already; give another path, or --force to replace it")
+    if taken and not (folder / HEADER).is_file():
+        raise ConfigError(f"{folder} holds something other than an encrypted network; give another path")
+
+
+def refuse_published(path: Path, folder: Path, what: str) -> None:
+    """Raise ConfigError where something secret would lie in the folder of a release."""
+    real = Path(os.path.realpath(path))
+    inside = real.is_relative_to(os.path.realpath(folder))
+    if inside or any((parent / HEADER).is_file() for parent in real.parents):
+        raise ConfigError(
+            f"{path} lies in the folder of an encrypted network, and {what} would be given away with it; "
+            "give a path elsewhere"
+        )
+
+
+def refuse_key(key: Path, folder: Path, force: bool) -> None:
+    """Raise ConfigError where a key cannot be written: inside a release, or over anything but a key.
+
+    Args:
+        key: The file for it.
+        folder: The release that it is of.
+        force: Whether another key may be replaced.
+    """
+    refuse_published(key, folder, "the key")
+    _refuse_file(key, b'{"format":"deepenc-key"', "a key", force)
+
+
+def refuse_tensors(path: Path, folder: Path, secrets: list[Path | None], force: bool) -> None:
+    """Raise ConfigError where a victim's tensors cannot be written.
+
+    Args:
+        path: The file for them.
+        folder: The release that they are decrypted from.
+        secrets: Files that open it, none of which may be written over.
+        force: Whether other tensors may be replaced.
+    """
+    refuse_published(path, folder, "the victim")
+    for secret in secrets:
+        if secret is not None and os.path.realpath(path) == os.path.realpath(secret):
+            raise ConfigError(f"{path} is what opens the network; give another file for the tensors")
+    _refuse_file(path, None, "tensors", force)
+
+
+def _refuse_file(path: Path, start: bytes | None, what: str, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give a file for {what}")
+    if not force:
+        raise ConfigError(f"{path} exists already; give another path, or --force to replace it")
+    try:
+        with open_file(path) as file:
+            found = file.read(64)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be replaced: {error.strerror}; give another path") from error
+    # A safetensors file begins with the length of its header, in 8 bytes, and then the header, in JSON.
+    ours = found.startswith(start) if start is not None else found[8:9] == b"{" and found[7:8] == b"\0"
+    if found and not ours:
+        raise ConfigError(f"{path} holds something other than {what}; give another path")
+
+
+@contextmanager
+def staged_key(
+    key: Key,
+    path: Path,
+    openings: tuple[str | None, Sequence[X25519PublicKey]],
+    folder: Path,
+    force: bool,
+) -> Iterator[Staged]:
+    """Seal a key into a file beside the one that it will replace together with its release's folder.
+
+    Raises:
+        ConfigError: A key that may not be replaced was put there meanwhile.
+        KeyFileError: It cannot be written.
+    """
+    from deepenc.encryption.disk.staging import Staged, discard, waiting
+    from deepenc.encryption.keys.key import save_key
+
+    passphrase, recipients = openings
+    with ExitStack() as held:
+        try:
+            held.enter_context(only_one(path))
+            refuse_key(path, folder, force)
+            held.callback(discard, path, folder)
+            save_key(key, waiting(path), passphrase, recipients=recipients)
+            staged = Staged.of(path)
+        except OSError as error:
+            raise KeyFileError(
+                f"cannot write the key to {path}: {error}; give a path in a writable folder"
+            ) from error
+        yield staged
 
 
 def write_release(
@@ -28,8 +136,9 @@ def write_release(
     source: Mapping[str, Any] | None,
     factory: Any,
     defense: Mapping[str, Any],
+    force: bool,
 ) -> Checkpoint:
-    """Write a release and its key; where that fails, what was there before is there again.
+    """Write a release and its key: both or, whenever this ends, what was there before.
 
     Args:
         folder: For the network.
@@ -41,6 +150,7 @@ def write_release(
         source: Spec of the victim.
         factory: How the victim's structure is made.
         defense: Spec of the defense.
+        force: Replace a release and a key that are there.
 
     Returns:
         What was written, read again.
@@ -49,17 +159,27 @@ def write_release(
         CheckpointError: It cannot be written, or does not decrypt to the victim.
         KeyFileError: The key cannot be written.
     """
-    from deepenc.encryption.disk import checkpoint
-    from deepenc.encryption.keys.key import save_key
+    import torch
+    from safetensors import SafetensorError
 
-    with replacing(folder):
-        checkpoint.save(folder, encrypted, key, victim=source, factory=factory, defense=defense)
-        stored = checkpoint.load(folder)
-        restored = checkpoint.decrypt_tensors(stored.tensors, key)
-        if not all(same(restored[name], tensor) for name, tensor in victim.items()):
-            raise CheckpointError(
-                f"{folder}: what was written does not decrypt to the victim; is the disk well?"
-            )
-        passphrase, recipients = openings
-        save_key(key, key_file, passphrase, recipients=recipients)
+    from deepenc.encryption.disk import checkpoint
+    from deepenc.encryption.disk.sharded.shards import files_of
+    from deepenc.encryption.disk.staging import Staging
+
+    try:
+        with Staging(folder, replace=force) as place:
+            checkpoint.write(place.folder, encrypted, key, victim=source, factory=factory, defense=defense)
+            stored = checkpoint.load(place.folder)
+            restored = checkpoint.decrypt_tensors(stored.tensors, key)
+            for name, tensor in victim.items():
+                if restored[name].dtype != tensor.dtype or not torch.equal(restored[name], tensor):
+                    raise CheckpointError(
+                        f"{folder}: what was written does not decrypt to the victim; the disk may be failing"
+                    )
+            with staged_key(key, key_file, openings, folder, force) as staged:
+                place.release(staged, drop={HEADER, *files_of(folder)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write the network to {folder}: {error}; give a folder on a writable disk with room"
+        ) from error
     return stored

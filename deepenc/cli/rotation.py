@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepenc.cli.console import out
-from deepenc.cli.files import refuse_to_replace
 from deepenc.cli.options import (
     ForceOption,
     IdentityOption,
@@ -19,7 +18,7 @@ from deepenc.cli.options import (
     openings,
     source_named,
 )
-from deepenc.cli.release import write_release
+from deepenc.cli.release import refuse_folder, refuse_key, write_release
 from deepenc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,12 +58,12 @@ def rotate(
     from deepenc.encryption.keys.key import load_key
     from deepenc.victims.data.cache import cache_folder
 
-    refuse_to_replace(new_key, force)
-    refuse_to_replace(target, force)
     if target.resolve() == folder.resolve() or new_key.resolve() == key.resolve():
         raise ConfigError("the old network and key are read until the new ones are whole; give other paths")
+    refuse_folder(target, force)
+    refuse_key(new_key, target, force)
     stored = checkpoint.load(folder)
-    passphrase, opener = opening(passphrase_file, identity)
+    passphrase, opener = opening(passphrase_file, identity, key)
     old = load_key(key, passphrase, stored.sites, identity=opener)
     if recipient or new_passphrase_file is not None or passphrase is None:
         sealed_for = openings(new_passphrase_file, recipient)
@@ -74,6 +73,10 @@ def rotate(
     structure, example = source.network(cache_folder())
     original = decrypt(stored.network(structure), old)
     chosen = Defense.of(stored.defense if defense is None else defense)
+    if chosen.placement is None:
+        raise ConfigError(
+            f"the defense {chosen.name!r} inserts nothing, and would release the victim as it is"
+        )
     data = source.load(cache_folder()).defender.inputs if chosen.wants_data else None
     if defense is None:
         encrypted, made = reshelter(original, old, chosen, example=example, rotate=True, data=data)
@@ -89,6 +92,7 @@ def rotate(
         source=stored.victim,
         factory=stored.factory,
         defense=chosen.spec(),
+        force=force,
     )
     out().print(
         f"{folder} encrypted anew with {chosen.name}: {sum(made.configuration.values())} confusion channels "

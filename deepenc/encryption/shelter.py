@@ -14,7 +14,7 @@ from deepenc.encryption.defense import Defense, Gap, Hardening, Neurons, Origina
 from deepenc.encryption.filling.entries import confusion_mask
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, verify
-from deepenc.encryption.keys.secret import derive_rng
+from deepenc.encryption.keys.secret import derive_binding, derive_rng
 from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.arrangement import Arrangement, proved
@@ -87,7 +87,7 @@ def shelter(
     fill(layout, victim, tensors, partial(derived, defense.weights, secret=secret, release=release))
     network = fit(arranged.model, tensors, layout)
     withheld = _harden(network, layout, arranged, defense.hardening, secret, release)
-    return network, _key(network, original, positions, arrangement, withheld)
+    return network, _key(network, original, positions, arrangement, withheld, secret)
 
 
 def follow(
@@ -129,7 +129,7 @@ def follow(
     step.follow(network, layout, before, arranged, derive_rng(secret, f"following {last} {release}"))
     _check_hardened(step, network, layout, victim, set())
     withheld = _harden(network, layout, arranged, defense.hardening, secret, release, first=last + 1)
-    return network, _key(network, original, key.positions, key.arrangement, withheld)
+    return network, _key(network, original, key.positions, key.arrangement, withheld, secret)
 
 
 def _last_following(defense: Defense, arranged: Original) -> int:
@@ -188,11 +188,13 @@ def _key(
     positions: Mapping[str, tuple[int, ...]],
     arrangement: Arrangement,
     withheld: set[str],
+    secret: bytes,
 ) -> Key:
     mark = fingerprint(tensors_of(network, original.sites))
     victim = tensors_of(original.model, original.sites)
     kept = {name: victim[name].detach().cpu().clone() for name in sorted(withheld)}
-    return Key(original.sites, dict(positions), mark, arrangement, pack(kept) if kept else b"")
+    packed = pack(kept) if kept else b""
+    return Key(original.sites, dict(positions), mark, arrangement, packed, derive_binding(secret))
 
 
 def derived(weights: Weights, neurons: Neurons, secret: bytes, release: str = "") -> list[Tensor]:

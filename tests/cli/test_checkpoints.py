@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,30 @@ def test_interrupted_and_started_again(run: Run, tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob(".*"))
 
 
-def test_interrupted_once_the_key_was_saved(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["sharded.partial.Partial.release", "staging._complete"])
+def test_interrupted_when_all_is_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def stop(self: object) -> None:
+    """Before the one moment that decides, the same command goes on; after it, network and key are there."""
+    done(run(*ENCRYPT))
+    old = (tmp_path / "owner.key").read_bytes()
+    (tmp_path / "locked" / "README.md").write_text("mine")
+
+    def stop(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepenc.encryption.disk.sharded.partial.Partial.release", stop)
-        assert run(*ENCRYPT).exit_code == 130
-    key = (tmp_path / "owner.key").read_bytes()
-    done(run(*ENCRYPT))
-    assert (tmp_path / "owner.key").read_bytes() == key
+        patch.setattr(f"deepenc.encryption.disk.{where}", stop)
+        assert run(*ENCRYPT, "--force").exit_code == 130
+    assert (tmp_path / "owner.key").read_bytes() == old
     done(run(*DECRYPT))
+    assert ((tmp_path / "owner.key").read_bytes() == old) == (where != "staging._complete")
+    done(run(*ENCRYPT, "--force"))
+    shutil.rmtree("opened")
+    done(run(*DECRYPT))
+    assert same("victim", "opened")
+    assert (tmp_path / "locked" / "README.md").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_secret_of_an_interrupted_run_is_sealed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +14,12 @@ from torch import Tensor, nn
 
 from deepenc.encryption.cost.costs import memory
 from deepenc.encryption.disk.header import HEADER, REMEDY, Header, check_fit, read_header
+from deepenc.encryption.disk.staging import Staging
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, verify
 from deepenc.encryption.tensors import names_in, shared, tensors_of
 from deepenc.errors import CheckpointError, ConfigError, SiteError
+from deepenc.files import open_file, whole_file
 from deepenc.network.factory import Factory
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout, fit, narrow
@@ -27,13 +27,13 @@ from deepenc.network.surgery import Layout, fit, narrow
 TENSORS = "model.safetensors"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
     """An encrypted network as it was read from disk.
 
     Attributes:
         tensors: Its state dict; names that are tied share their tensor.
-        sites: The victim's sites.
+        sites: The victim's sites; `load_key` checks with them that this header is the one that was saved.
         configuration: Confusion channels of every site.
         fingerprint: Of the tensors; the key has the same.
         victim: Spec of the victim, where it was saved.
@@ -54,7 +54,16 @@ class Checkpoint:
     @classmethod
     def of(cls, header: Header, tensors: Mapping[str, Tensor]) -> Self:
         """Tensors with what their header says of them; both were checked before."""
-        return cls(tensors, **{n: getattr(header, n) for n in cls.__dataclass_fields__ if n != "tensors"})
+        own = {n: getattr(header, n) for n in cls.__dataclass_fields__ if n != "tensors"}
+        return cls(tensors, **(own | {"sites": header.released_sites()}))
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({(self.victim or {}).get('name', 'unknown victim')} encrypted with "
+            f"{self.defense.get('name', 'an unknown defense')}: {len(self.tensors)} tensors, "
+            f"{sum(self.configuration.values())} confusion channels at {len(self.sites)} sites, "
+            f"{self.fingerprint[:12]})"
+        )
 
     def rebuild(self, allow: Collection[str] = ()) -> nn.Module:
         """The encrypted network, in eval mode on the CPU, its structure made by the saved factory.
@@ -160,10 +169,33 @@ def save(
         KeyFileError: The key is another network's.
     """
     folder = Path(folder)
+    try:
+        with Staging(folder) as place:
+            write(place.folder, encrypted, key, victim=victim, factory=factory, defense=defense)
+            place.release()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write the network to {folder}: {error}; give a folder on a writable disk with room"
+        ) from error
+
+
+def write(
+    folder: Path,
+    encrypted: nn.Module,
+    key: Key,
+    *,
+    victim: Mapping[str, Any] | None,
+    factory: Factory | str | Mapping[str, Any] | None,
+    defense: Mapping[str, Any],
+) -> None:
+    """Write the files of an encrypted network into a folder that is there; arguments as for `save`.
+
+    Raises:
+        OSError, SafetensorError: They cannot be written.
+    """
     tensors = tensors_of(encrypted, key.sites)
     verify(tensors, key)
-    layout = key.layout()
-    cost = memory(_narrowed_shapes(tensors, layout), key.sites, key.configuration)
+    cost = memory(_narrowed_shapes(tensors, key.layout()), key.sites, key.configuration)
     header = Header(
         victim=None if victim is None else dict(victim),
         factory=None if factory is None else Factory.of(factory),
@@ -172,22 +204,9 @@ def save(
         configuration=key.configuration,
         fingerprint=key.fingerprint,
         memory=cost.ratio,
-    ).digested()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists already; remove it, or give a folder that does not")
-    temporary = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
-    try:
-        try:
-            temporary.mkdir(parents=True)
-            _write(temporary / TENSORS, tensors)
-            (temporary / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write the network to {folder}: {error}; give a folder on a writable disk with room"
-        ) from error
+    )
+    _write(folder / TENSORS, tensors)
+    (folder / HEADER).write_text(header.signed(key).model_dump_json(indent=2) + "\n")
 
 
 def load(folder: str | Path) -> Checkpoint:
@@ -244,14 +263,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: The file cannot be written, or a tensor cannot be stored.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        try:
+        with whole_file(path) as temporary:
             _write(temporary, tensors)
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}; give a path in a writable folder on a disk with room for it"
@@ -266,11 +280,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors[first].detach().cpu().contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         kept[first] = tensor if whole else tensor.clone()  # safetensors refuses views of a larger storage
+    path.touch()
+    mode = path.stat().st_mode
     save_file(kept, path, metadata={"format": "pt"} | aliases)
+    path.chmod(mode)  # readable as other new files are, which the library's are not
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
+        open_file(path).close()
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             aliases = file.metadata() or {}

@@ -14,7 +14,10 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from deepenc.encryption.disk.staging import finish
+from deepenc.encryption.keys.key import Key, ReleasedSites
 from deepenc.errors import CheckpointError, SiteError
+from deepenc.files import read_file
 from deepenc.network.factory import Factory
 from deepenc.network.sites import Setting, Site, Slot
 from deepenc.network.surgery import Layout
@@ -51,7 +54,19 @@ class Header(BaseModel):
     configuration: dict[str, int]
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     memory: float = Field(ge=0, allow_inf_nan=False)
+    seal: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     digest: str = ""
+
+    def signed(self, key: Key) -> Self:
+        """The same, signed by the key of the network, and digested."""
+        return self.model_copy(update={"seal": key.sign(self._contents())}).digested()
+
+    def released_sites(self) -> ReleasedSites:
+        """The sites, with what the key must have signed."""
+        return ReleasedSites.of(self.sites, self.fingerprint, self._contents(), self.seal)
+
+    def _contents(self) -> str:
+        return _digest(self.model_copy(update={"seal": ""}).model_dump(mode="json"))
 
     def digested(self) -> Self:
         """The same with a SHA-256 over all the rest, which tells accidents from contents."""
@@ -65,10 +80,9 @@ def read_header(path: Path) -> Header:
         CheckpointError: The file is missing, cut, altered, of another format or from a newer version.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_HEADER + 1)
-        sane = len(data) <= MAX_HEADER and data.count(b",") <= MAX_VALUES
-        document = json.loads(data) if sane else None
+        finish(path.parent)
+        data = read_file(path, MAX_HEADER)
+        document = json.loads(data) if data.count(b",") <= MAX_VALUES else None
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror}; give the folder of a saved encrypted network"

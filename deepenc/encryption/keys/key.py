@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
-import os
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.ranks import rank, unrank
 from deepenc.encryption.keys.sealing import COST, lock, unlock
 from deepenc.errors import ConfigError, KeyFileError, SiteError
+from deepenc.files import read_file, write_whole
 from deepenc.network.arrangement import Arrangement
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout
@@ -32,28 +33,37 @@ _MAX_FILE = 2**24  # a key takes a few bytes a site, and what it withholds; nobo
 _MAX_CHANNELS = 2**18  # of one site, confusion channels included: unranking takes their number squared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Key:
     """Where the confusion channels of one encrypted network are (Section 2.2).
 
     Attributes:
         sites: The victim's sites.
         positions: Site name -> ascending positions among all channels of the encrypted site; only sites
-            that have confusion channels. Kept out of the repr, so that no log tells it.
+            that have confusion channels. Kept out of the repr, as all that is secret.
         fingerprint: Of the encrypted tensors; see `fingerprint`.
         arrangement: How the victim's own channels were ordered and scaled before insertion.
         withheld: Tensors of the victim that the release replaces by others, in the safetensors format; empty
             where there are none.
+        binding: 32 secret bytes that sign the header of its release; empty where the key was made from
+            integers, which sign nothing.
 
     Raises:
         SiteError: Positions or an arrangement that do not fit the sites, or two sites of one name.
     """
 
     sites: tuple[Site, ...]
-    positions: Mapping[str, tuple[int, ...]] = field(repr=False)
+    positions: Mapping[str, tuple[int, ...]]
     fingerprint: str
-    arrangement: Arrangement = field(default_factory=Arrangement, repr=False)
-    withheld: bytes = field(default=b"", repr=False)
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    withheld: bytes = b""
+    binding: bytes = b""
+
+    def __repr__(self) -> str:
+        return (
+            f"Key({sum(self.configuration.values())} confusion channels at {len(self.positions)} of "
+            f"{len(self.sites)} sites, {self.entropy:.1f} bits, of the network {self.fingerprint[:12]})"
+        )
 
     def __post_init__(self) -> None:
         check_sites(self.sites)
@@ -88,6 +98,10 @@ class Key:
             raise SiteError(f"the network has no sites {wrong[:5]} to which the key could belong")
         positions = {name: unrank(ranks[name], widths[name] + count, count) for name, count in counts.items()}
         return cls(tuple(sites), positions, fingerprint)
+
+    def sign(self, contents: str) -> str:
+        """A signature (HMAC-SHA256) that only this key can make; empty from a key made from integers."""
+        return hmac.digest(self.binding, contents.encode(), "sha256").hex() if self.binding else ""
 
     def layout(self) -> Layout:
         """Where the victim's entries lie in the encrypted tensors."""
@@ -154,13 +168,48 @@ def verify(tensors: Mapping[str, Tensor], key: Key) -> None:
     Raises:
         KeyFileError: It belongs to others.
     """
-    found = fingerprint(tensors)
+    if not isinstance(key, Key):
+        raise ConfigError(f"expected a Key, got {type(key).__name__}; `deepenc.load_key` reads one")
+    _check_network(key, fingerprint(tensors))
+
+
+def _check_network(key: Key, found: str) -> None:
     if found != key.fingerprint:
         raise KeyFileError(
             f"the key is for the encrypted network {key.fingerprint[:12]}, this one is {found[:12]}: it is "
             "another network or key, or a tensor was changed since; use the key that was made with this "
             "very network"
         )
+
+
+class ReleasedSites(tuple[Site, ...]):
+    """Sites as a release states them; they remember its header, so that the key is checked against that, too.
+
+    Attributes:
+        fingerprint: Of the release's tensors.
+        contents: Digest of what its header says.
+        seal: The header's signature, from `Key.sign`.
+    """
+
+    fingerprint: str
+    contents: str
+    seal: str
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], fingerprint: str, contents: str, seal: str) -> Self:
+        """Sites with what is known of the release."""
+        found = cls(sites)
+        found.fingerprint, found.contents, found.seal = fingerprint, contents, seal
+        return found
+
+    def check(self, key: Key) -> None:
+        """Raise KeyFileError where a key was not made for this release, or its header was altered since."""
+        _check_network(key, self.fingerprint)
+        if not hmac.compare_digest(self.seal, key.sign(self.contents)):
+            raise KeyFileError(
+                "the network's header (deepenc.json) is not the one that was saved with this key: it was "
+                "altered; restore the folder from its original"
+            )
 
 
 class _Content(BaseModel):
@@ -171,9 +220,10 @@ class _Content(BaseModel):
     ranks: dict[str, tuple[Annotated[int, Field(ge=1)], Annotated[str, Field(pattern="^[0-9a-f]+$")]]]
     sites: str
     fingerprint: str
-    order: dict[str, tuple[int, ...]] = {}
-    powers: dict[str, tuple[int, ...]] = {}
-    withheld: str = ""
+    order: dict[str, tuple[int, ...]]
+    powers: dict[str, tuple[int, ...]]
+    withheld: str
+    binding: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 
 
 def seal(
@@ -208,10 +258,10 @@ def seal(
         "order": dict(key.arrangement.order),
         "powers": dict(key.arrangement.powers),
         "withheld": b64encode(key.withheld).decode(),
+        "binding": key.binding.hex(),
     }
-    # What says nothing is left out, so that earlier versions open what they understand.
-    content = {name: value for name, value in content.items() if value or name in ("ranks", "sites")}
-    return lock(json.dumps(content).encode(), passphrase, cost, recipients=recipients)
+    text = json.dumps(content, separators=(",", ":"))
+    return lock(text.encode(), passphrase, cost, recipients=recipients)
 
 
 def unseal(
@@ -224,14 +274,15 @@ def unseal(
     """Open a sealed key, with its passphrase or with a recipient's private key.
 
     Args:
-        data: From `seal`, of this version or an earlier one.
+        data: From `seal`.
         passphrase: The one it was sealed with.
-        sites: The victim's sites, as the encrypted network's checkpoint has them.
+        sites: The victim's sites. Those of a `Checkpoint` know its header, and it is checked that the key was
+            saved with this very one.
         identity: The private key of one of its recipients; tried first where both are given.
 
     Raises:
-        KeyFileError: Another passphrase or private key, sites of another network, or the data is cut,
-            altered, of another format or from a newer version.
+        KeyFileError: Another passphrase or private key, sites or a header of another network, or the data is
+            cut, altered, of another format or from a newer version.
         ConfigError: Neither a passphrase nor a private key is given.
     """
     opened = unlock(data, passphrase, identity=identity)
@@ -243,7 +294,8 @@ def unseal(
         ) from None
     if content.sites != _sites_digest(sites):
         raise KeyFileError(
-            "the key was made for other sites than these; open it with the checkpoint of its own network"
+            f"the key was made for other sites than {'these' if sites else 'none'}; open it with those of "
+            "its own network: sites=deepenc.load(folder).sites"
         )
     counts = {name: count for name, (count, _) in content.ranks.items()}
     ranks = {name: int(number, 16) for name, (_, number) in content.ranks.items()}
@@ -257,7 +309,11 @@ def unseal(
             if withheld:
                 load(withheld)
             plain = Key.from_ranks(sites, counts, ranks, content.fingerprint)
-            return replace(plain, arrangement=arrangement, withheld=withheld)
+            binding = bytes.fromhex(content.binding)
+            key = replace(plain, arrangement=arrangement, withheld=withheld, binding=binding)
+            if isinstance(sites, ReleasedSites):
+                sites.check(key)
+            return key
     raise KeyFileError(
         "the key file opens, but what it holds does not fit the sites; ask whoever sealed it for another"
     )
@@ -265,15 +321,7 @@ def unseal(
 
 def _sites_digest(sites: Sequence[Site]) -> str:
     # Without it, altered sites beside unaltered tensors would turn the right key into a wrong network.
-    # Fields that sites gained later are left out where they say nothing, so that older keys still open.
     plain = [asdict(site) for site in sites]
-    for site in plain:
-        for name in ("contracted", "settings"):
-            if not site[name]:
-                del site[name]
-        for slot in site["slots"]:
-            if slot["persistent"]:
-                del slot["persistent"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -291,16 +339,9 @@ def save_key(
         KeyFileError: The file cannot be written.
         ConfigError: It cannot be sealed.
     """
-    path = Path(path)
     data = seal(key, passphrase, cost, recipients=recipients)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(path), data, private=True)
     except OSError as error:
         raise KeyFileError(
             f"cannot write the key to {path}: {error.strerror}; give a path in a writable folder"
@@ -317,17 +358,22 @@ def load_key(
     """Read a key that `save_key` wrote, and open it as `unseal` does.
 
     Raises:
-        KeyFileError: No such file, another passphrase or private key, sites of another network, or the file
-            is cut, altered, of another format or from a newer version.
+        KeyFileError: No such file, another passphrase or private key, sites or a header of another network,
+            or the file is cut, altered, of another format or from a newer version.
         ConfigError: Neither a passphrase nor a private key is given.
     """
+    return unseal(read_key(path), passphrase, sites, identity=identity)
+
+
+def read_key(path: str | Path) -> bytes:
+    """Read a sealed key, and leave it sealed.
+
+    Raises:
+        KeyFileError: It cannot be read, or is too large for a key.
+    """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_FILE + 1)
+        return read_file(path, _MAX_FILE)
     except OSError as error:
         raise KeyFileError(
             f"cannot read a key from {path}: {error.strerror}; give the path of a saved key"
         ) from error
-    if len(data) > _MAX_FILE:
-        raise KeyFileError(f"{path} is too large for a key; give the path of a key that deepenc saved")
-    return unseal(data, passphrase, sites, identity=identity)

@@ -11,13 +11,14 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from deepenc.errors import ConfigError, KeyFileError
+from deepenc.files import read_file
 
 MAX_RECIPIENTS = 256
 WRAPPED = 80
 """Bytes that the file key takes for each recipient: an ephemeral public key, 32 sealed bytes, a tag."""
 
 _MAX_PEM = 2**16
-_INFO = b"deepenc-key 2"
+_INFO = b"deepenc-key 1"
 _MAKE = "make one with `openssl genpkey -algorithm X25519 -out owner.pem`"
 _PUBLIC = "`openssl pkey -in owner.pem -pubout -out owner.pub.pem`"
 
@@ -145,13 +146,9 @@ def _suite() -> Suite:
 
 def _read(path: str | Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_PEM + 1)
+        return read_file(path, _MAX_PEM)
     except OSError as error:
         raise KeyFileError(f"cannot read a key from {path}: {error.strerror}; give a PEM file") from error
-    if len(data) > _MAX_PEM:
-        raise KeyFileError(f"{path} is too large for a PEM file with one key")
-    return data
 
 
 def _other(path: str | Path, found: object) -> KeyFileError:

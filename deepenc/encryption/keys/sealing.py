@@ -17,16 +17,19 @@ from deepenc.encryption.keys.recipients import MAX_RECIPIENTS, WRAPPED, unwrap, 
 from deepenc.errors import ConfigError, KeyFileError
 
 FORMAT = "deepenc-key"
-VERSION = 2
+VERSION = 1
 COST = 2**17
 """scrypt's n: 128 MiB of memory for every guess of the passphrase."""
 
 _COSTS = range(2**10, 2**18 + 1)  # a forged header must not make a reader take all memory
 _KDF = {"kdf": "scrypt", "n": COST, "r": 8, "p": 1, "salt": ""}
-_FIRST = {"format", "version", *_KDF, "cipher", "nonce", "sealed"}  # fields of version 1: passphrases only
 _FIELDS = {"format", "version", "cipher", "passphrase", "recipients", "nonce", "sealed"}
 _MOST = {b",": MAX_RECIPIENTS + 32, b"[": 1, b"{": 2}  # in a key file; parsing more would take memory
 _REMEDY = "restore the file from its original"
+ONLY_RECIPIENTS = (
+    "the key has no passphrase: it was sealed for recipients only; give a recipient's private key "
+    "(`--identity`)"
+)
 
 
 def lock(
@@ -91,8 +94,6 @@ def unlock(data: bytes, passphrase: str | None = None, *, identity: X25519Privat
     # Whatever parses to the same values (other spaces, another order) is an altered file all the same.
     if _canonical(document) != data:
         raise _altered()
-    if document["version"] == 1:
-        return _unlock_first(document, passphrase)
     if set(document) != _FIELDS or document["cipher"] != "AES-256-GCM":
         raise _altered()
     nonce, sealed = _unhex(document, "nonce", 12), _unhex(document, "sealed")
@@ -102,6 +103,15 @@ def unlock(data: bytes, passphrase: str | None = None, *, identity: X25519Privat
         return AESGCM(file_key).decrypt(nonce, sealed, _canonical(header))
     except InvalidTag:
         raise _altered() from None
+
+
+def takes_passphrase(data: bytes) -> bool:
+    """Whether a sealed key can be opened with a passphrase.
+
+    Raises:
+        KeyFileError: It is no sealed key.
+    """
+    return _document(data).get("passphrase") is not None
 
 
 def _file_key(document: dict[str, Any], passphrase: str | None, identity: X25519PrivateKey | None) -> bytes:
@@ -121,10 +131,7 @@ def _file_key(document: dict[str, Any], passphrase: str | None, identity: X25519
             else "the key was sealed with a passphrase and for no recipient; give the passphrase"
         )
     if stanza is None:
-        raise KeyFileError(
-            "the key has no passphrase: it was sealed for recipients only; give a recipient's private key "
-            "(`--identity`)"
-        )
+        raise KeyFileError(ONLY_RECIPIENTS)
     try:
         return _unwrap(stanza, passphrase)
     except InvalidTag:
@@ -151,21 +158,6 @@ def _unwrap(stanza: dict[str, Any], passphrase: str) -> bytes:
     return AESGCM(_stretch(passphrase, salt, stanza["n"])).decrypt(nonce, wrapped, _canonical(rest))
 
 
-def _unlock_first(document: dict[str, Any], passphrase: str | None) -> bytes:
-    """Open a file of version 1, in which scrypt's output sealed the content."""
-    if set(document) != _FIRST or document["cipher"] != "AES-256-GCM" or not _is_kdf(document):
-        raise _altered()
-    salt, nonce = _unhex(document, "salt", 16), _unhex(document, "nonce", 12)
-    sealed = _unhex(document, "sealed")
-    if passphrase is None:
-        raise KeyFileError("the key was sealed with a passphrase and for no recipient; give the passphrase")
-    header = {field: value for field, value in document.items() if field != "sealed"}
-    try:
-        return AESGCM(_stretch(passphrase, salt, document["n"])).decrypt(nonce, sealed, _canonical(header))
-    except InvalidTag:
-        raise _wrong_passphrase() from None
-
-
 def _document(data: bytes) -> dict[str, Any]:
     try:
         sane = all(data.count(mark) <= most for mark, most in _MOST.items())
@@ -181,8 +173,8 @@ def _document(data: bytes) -> dict[str, Any]:
         raise KeyFileError(f"the key file's version {str(version)[:20]!r} is no version; {_REMEDY}")
     if version > VERSION:
         raise KeyFileError(
-            f"the key file has version {str(version)[:20]}, this deepenc reads up to {VERSION}; install a "
-            "newer deepenc"
+            f"the key file has version {str(version)[:20]}, this deepenc reads {VERSION}; install a newer "
+            "deepenc"
         )
     return document
 

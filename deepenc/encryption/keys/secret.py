@@ -65,6 +65,11 @@ def derive_positions(
     return positions
 
 
+def derive_binding(secret: bytes) -> bytes:
+    """The 32 bytes with which a key signs the headers of its releases; they lead back to nothing else."""
+    return _expand(secret, "binding", "")
+
+
 def derive_rng(secret: bytes, purpose: str, site: str = "") -> np.random.Generator:
     """A generator for confusion weights and the like, never for positions.
 
@@ -77,10 +82,10 @@ def derive_rng(secret: bytes, purpose: str, site: str = "") -> np.random.Generat
         site: Name of the site they are for, if it is one.
 
     Raises:
-        ConfigError: The purpose is ``"positions"``.
+        ConfigError: The purpose is ``"positions"`` or ``"binding"``.
     """
-    if purpose == "positions":
-        raise ConfigError("the purpose 'positions' belongs to the key alone; choose another")
+    if purpose in ("positions", "binding"):
+        raise ConfigError(f"the purpose {purpose!r} belongs to the key alone; choose another")
     return np.random.Generator(np.random.PCG64(int.from_bytes(_expand(secret, purpose, site))))
 
 

@@ -73,7 +73,7 @@ def test_the_folder_does_not_hold_the_positions(saved: Path, small: Net) -> None
     document = json.loads((saved / "deepenc.json").read_text())
     assert set(document) == {
         *("format", "version", "victim", "factory", "defense", "sites", "configuration"),
-        *("fingerprint", "memory", "digest"),
+        *("fingerprint", "memory", "seal", "digest"),
     }
     model, inputs, sites = small
     encrypted, _ = encrypt(model, inputs, DEFENSE, seed=0, sites=sites)
@@ -158,6 +158,41 @@ def test_forged_sites_beside_true_tensors_do_not_make_a_wrong_network(saved: Pat
     forge(saved, sites=[document | {"slots": document["slots"][::-1]}])
     with pytest.raises(KeyFileError, match="other sites"):
         load_key(saved / "key", "p", load(saved).sites)
+
+
+def test_a_header_belongs_to_its_key(saved: Path, small: Net) -> None:
+    """Whatever a forged header says, its digest made to fit, the key does not open the network with it."""
+    model, inputs, sites = small
+    encrypted, key = encrypt(model, inputs, DEFENSE, seed=0, sites=sites)
+    save_key(key, saved / "key", "p", cost=2**10)
+    assert load_key(saved / "key", "p", load(saved).sites) == key
+    true = (saved / "deepenc.json").read_bytes()
+    for changes in (
+        {"victim": {"name": "network", "config": "/etc/passwd"}},
+        {"victim": None},
+        {"defense": DEFENSE.spec() | {"weights": {"name": "samp"}}},
+        {"factory": "torchvision:resnet18"},
+        {"memory": 0.5},
+        {"seal": ""},
+        {"seal": "0" * 64},
+    ):
+        forge(saved, **changes)
+        forged = load(saved)
+        with pytest.raises(KeyFileError, match="header"):
+            load_key(saved / "key", "p", forged.sites)
+        (saved / "deepenc.json").write_bytes(true)
+    save(saved.parent / "again", encrypted, key, victim={"name": "other"}, defense={})
+    assert load_key(saved / "key", "p", load(saved.parent / "again").sites) == key
+
+
+def test_keys_and_networks_have_a_short_repr(saved: Path, small: Net) -> None:
+    model, inputs, sites = small
+    _, key = encrypt(model, inputs, DEFENSE, seed=0, sites=sites)
+    mark = key.fingerprint[:12]
+    assert repr(key) == f"Key(2 confusion channels at 1 of 1 sites, 4.8 bits, of the network {mark})"
+    assert repr(load(saved)) == (
+        f"Checkpoint(mlp encrypted with test: 8 tensors, 2 confusion channels at 1 sites, {mark})"
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from deepenc.encryption.disk.sharded.checkpoint import (
     load_sharded,
     sites_of,
 )
-from deepenc.encryption.disk.sharded.partial import partial_of
 from deepenc.encryption.disk.sharded.shards import INDEX, Entry, header_of, open_shards
+from deepenc.encryption.disk.staging import partial_of
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, save_key
 from deepenc.errors import CheckpointError, ConfigError, KeyFileError, PluginError, SiteError

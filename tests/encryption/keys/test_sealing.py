@@ -7,7 +7,6 @@ import stat
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from deepenc.encryption.keys import sealing
 from deepenc.encryption.keys.key import Key, load_key, save_key, seal, unseal
@@ -20,17 +19,6 @@ SITES = (
 )
 KEY = Key(SITES, {"a": (0, 5), "b": tuple(range(3, 250, 2))}, "f" * 64)
 CHEAP = 2**10
-FIRST = (
-    b'{"format":"deepenc-key","version":1,"kdf":"scrypt","n":1024,"r":8,"p":1,"salt":"d6c1e918fcc5f0751cbce45dd82b9aba",'
-    b'"cipher":"AES-256-GCM","nonce":"95e5fef69f347ee2a00cf7b7","sealed":"'
-    b"aa4e738ab8319ec34a04d11d56cce18be2f5c7568d8f96be8d7d0173884c147beedb7aa7ed025615764435ca4d773469"
-    b"df9c43d4e0274be62891fb7d24fc120aa252ec01f502bc2656c45f630d48f5e82f8a75f663f57d18dbf1843cb7844395"
-    b"c0abaf84469c67dd380647c08c77ab94fdd9e7e99cb9ac550a47fdd781b80873a9931cd26ae32d248b3163d9839098ce"
-    b"4ed8a6648d05fa2d79ed180ae526d501ea28556432299d50b6f714601ca846a61d66c3dddfee14211f543d3787c95383"
-    b"34cbbb686c889e4b68c3"
-    b'"}'
-)
-"""A key file as version 0.1 wrote it, before sites had `contracted` and `settings`."""
 
 
 def test_sealed_key_opens_again_and_tells_nothing() -> None:
@@ -52,7 +40,7 @@ def test_sites_of_another_network() -> None:
     data = seal(KEY, "p", CHEAP)
     wider = (Site("a", 5, SITES[0].slots), SITES[1])
     for sites in (SITES[:1], SITES[::-1], wider, ()):
-        with pytest.raises(KeyFileError, match="other sites"):
+        with pytest.raises(KeyFileError, match=r"other sites.*deepenc\.load\(folder\)\.sites"):
             unseal(data, "p", sites)
 
 
@@ -105,29 +93,6 @@ def test_forged_headers(change: dict[str, object], message: str) -> None:
     document |= change
     with pytest.raises(KeyFileError, match=message):
         unseal(sealing._canonical(document), "p", SITES)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"n": 2**40},
-        {"n": 2**11},
-        {"r": 9},
-        {"kdf": "none"},
-        {"salt": ""},
-        {"nonce": 3},
-        {"sealed": ""},
-        {"more": 1},
-    ],
-)
-def test_files_of_version_1_open_still_and_only_unchanged(change: dict[str, object]) -> None:
-    assert unseal(FIRST, "p", SITES[:1]) == Key(SITES[:1], {"a": (0, 5)}, "f" * 64)
-    with pytest.raises(KeyFileError, match="passphrase"):
-        unseal(FIRST, "q", SITES[:1])
-    with pytest.raises(KeyFileError, match="passphrase"):
-        unseal(FIRST, None, SITES[:1], identity=X25519PrivateKey.generate())
-    with pytest.raises(KeyFileError, match="altered"):
-        unseal(sealing._canonical(json.loads(FIRST) | change), "p", SITES[:1])
 
 
 def test_another_spelling_of_the_same_values_is_an_altered_file_too() -> None:

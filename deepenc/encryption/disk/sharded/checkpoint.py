@@ -17,7 +17,7 @@ from deepenc.encryption.cost.costs import memory
 from deepenc.encryption.defense import Allocation, Defense, Original, Placement
 from deepenc.encryption.disk.checkpoint import Checkpoint
 from deepenc.encryption.disk.header import HEADER, Header, check_fit, read_header
-from deepenc.encryption.disk.sharded.partial import Partial, refuse_used
+from deepenc.encryption.disk.sharded.partial import Partial
 from deepenc.encryption.disk.sharded.pretrained import examples_of, structure_of
 from deepenc.encryption.disk.sharded.rewrite import (
     Progress,
@@ -26,12 +26,13 @@ from deepenc.encryption.disk.sharded.rewrite import (
     rewrite,
     write_index,
 )
-from deepenc.encryption.disk.sharded.shards import Reader, Shards, open_shards
+from deepenc.encryption.disk.sharded.shards import Reader, Shards, files_of, open_shards
 from deepenc.encryption.disk.sharded.streaming import Inserter, Remover
+from deepenc.encryption.disk.staging import Staged, finish, refuse_used
 from deepenc.encryption.encrypt import DefenseLike, checked
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, check_sites
-from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
+from deepenc.encryption.keys.secret import derive_binding, derive_positions, derive_rng, secret_of
 from deepenc.encryption.tensors import shared, tensors_of
 from deepenc.errors import CheckpointError, ConfigError, KeyFileError, PluginError, SiteError, TraceError
 from deepenc.network.find import find_sites
@@ -49,7 +50,7 @@ def encrypt_checkpoint(
     seed: int | None = None,
     secret: bytes | None = None,
     sites: Sequence[Site] | None = None,
-    keep: Callable[[Key], None] | None = None,
+    keep: Callable[[Key], Staged | None] | None = None,
     replace_target: bool = False,
     progress: Progress | None = None,
 ) -> Key:
@@ -68,8 +69,9 @@ def encrypt_checkpoint(
         secret: As for `encrypt`.
         sites: The victim's sites, where they are known; default: `find_sites`, on the meta device, and of
             those what is all in the files.
-        keep: Called with the key before the target appears, to save it.
-        replace_target: Replace a target that has files, once the new one is whole.
+        keep: Called with the key before the target appears, to save it. A file that it returns
+            (`staging.Staged`) takes its place together with the target.
+        replace_target: Replace the files of a network that is encrypted already, once the new ones are whole.
         progress: Told of the progress.
 
     Returns:
@@ -90,6 +92,7 @@ def encrypt_checkpoint(
         raise ConfigError(f"the defense {chosen.name!r} inserts nothing; a copy of the checkpoint will do")
     _refuse_whole_networks(chosen)
     root = secret_of(seed, secret)
+    finish(target)
     refuse_used(target, replace_target)
     if (source / HEADER).exists():
         raise CheckpointError(f"{source} is encrypted already: it has {HEADER}; give the victim's checkpoint")
@@ -122,14 +125,13 @@ def encrypt_checkpoint(
         written = rewrite(shards, change, known, ties, place, progress)
         mark = fingerprint_of(written, ties)
         write_index(shards, place, change, known)
-        text = header.model_copy(update={"fingerprint": mark}).digested().model_dump_json(indent=2)
-        (place.folder / HEADER).write_text(text + "\n")
+        positions = {name: p for name, p in layout.positions.items() if p}
+        key = Key(usable, positions, mark, binding=derive_binding(root))
+        header = header.model_copy(update={"fingerprint": mark}).signed(key)
+        (place.folder / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
         copy_beside(source, place.folder)
         place.complete = True
-        key = Key(usable, {name: p for name, p in layout.positions.items() if p}, mark)
-        if keep is not None:
-            keep(key)
-        place.release()
+        place.release(None if keep is None else keep(key), drop={HEADER, *files_of(target)})
     return key
 
 
@@ -150,6 +152,7 @@ def decrypt_checkpoint(
         CheckpointError: A file is missing, cut or altered, or the target is in use or cannot be written.
     """
     folder, target = Path(folder), Path(target)
+    finish(target)
     refuse_used(target)
     header = read_header(folder / HEADER)
     if key.fingerprint != header.fingerprint or key.sites != header.sites:
@@ -157,6 +160,7 @@ def decrypt_checkpoint(
             f"the key is for the encrypted network {key.fingerprint[:12]}, {folder} is "
             f"{header.fingerprint[:12]}; use the key that was made with it"
         )
+    header.released_sites().check(key)
     shards = open_shards(folder)
     ties = shards.aliases()
     check_fit(header, _metas(shards, ties), folder)
@@ -185,7 +189,7 @@ def sites_of(folder: str | Path) -> tuple[Site, ...]:
     Raises:
         CheckpointError: The header is missing, altered, of another format or from a newer version.
     """
-    return read_header(Path(folder) / HEADER).sites
+    return read_header(Path(folder) / HEADER).released_sites()
 
 
 def load_sharded(folder: str | Path) -> Checkpoint:

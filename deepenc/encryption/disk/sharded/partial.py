@@ -1,98 +1,73 @@
-"""A folder that is made file by file, and has its name only when it is whole."""
+"""A folder that is made file by file: what is finished outlasts an interruption."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import ClassVar, Final
 
-from deepenc.errors import CheckpointError, DeepencError
+from deepenc.encryption.disk.staging import Staged, Staging
+from deepenc.errors import DeepencError
+from deepenc.files import read_file, sync, write_whole
 
 _RECORD: Final = "deepenc-run.json"
-_LOCK: Final = "deepenc-run.lock"
 _OPEN: Final = ".part"
 
 
-class Partial:
-    """Work on a folder, in a hidden one beside it: ``.NAME.partial``.
+class Partial(Staging):
+    """A staged folder whose files are finished one by one.
 
     A file that is finished is on disk before it gets its name, and is kept when the work is interrupted;
-    the same run, started again, finds it. Another run starts anew. On a `DeepencError` nothing is kept,
-    unless the folder was ``complete`` by then.
+    the same run, started again, finds it. Another run starts from the beginning. On a `DeepencError` nothing
+    is kept, unless the folder was ``complete`` by then.
 
     Args:
         target: The folder to be; must not exist, or be empty.
         run: Tells one run from another: contents of finished files depend on nothing else.
-        replace: Whether a target that has files is replaced, at the end.
+        replace: Whether a target that has files gets these instead, at the end.
 
     Raises:
-        CheckpointError: The target is in use, another process is at work on it, or the disk cannot be
-            written.
+        CheckpointError: The target is in use, or another process is at work on it.
+        OSError: The disk cannot be written.
     """
 
+    scratch: ClassVar[frozenset[str]] = frozenset({_RECORD})
+
     def __init__(self, target: Path, run: str, *, replace: bool = False) -> None:
-        self.target, self.folder = target, partial_of(target)
-        self._run, self._replace = run, replace
+        super().__init__(target, replace=replace)
+        self._run = run
         self._done: dict[str, dict[str, str]] = {}
         self._pending: list[Future[None]] = []
-        self.complete = False
-
-    def __enter__(self) -> Self:
-        refuse_used(self.target, self._replace)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._guard = (self.folder / _LOCK).open("w")
-        try:
-            self._only_one()
-            self._resume()
-        except BaseException:
-            self._guard.close()
-            raise
         self._finisher = ThreadPoolExecutor(1)
-        return self
+        self.complete = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._finisher.shutdown(wait=True)
-        if isinstance(error, DeepencError) and not self.complete:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._guard.close()
+        super().__exit__(kind, error, trace)
 
-    def _only_one(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"another process is at work on {self.target}; wait for it, or give another folder"
-            ) from None
+    def discards(self, error: BaseException | None) -> bool:
+        """See `Staging.discards`."""
+        return isinstance(error, DeepencError) and not self.complete
 
-    def _resume(self) -> None:
-        """Find what a run of before finished; throw away what is not of this one."""
+    def begin(self) -> None:
+        """Find what an interrupted run finished; throw away what is not of this one."""
         try:
-            record = json.loads((self.folder / _RECORD).read_bytes())
+            record = json.loads(read_file(self.folder / _RECORD, 2**27))
             if record["run"] == self._run:
                 self._done = dict(record["done"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # no run, or cut off while it began: nothing of it counts
-        for path in self.folder.iterdir():
-            if path.name not in {_LOCK, *self._done}:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self.clear(self._done)
         self._record()
 
     def _record(self) -> None:
-        text = json.dumps({"run": self._run, "done": self._done})
-        temporary = self.folder / (_RECORD + _OPEN)
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / _RECORD)
+        write_whole(self.folder / _RECORD, json.dumps({"run": self._run, "done": self._done}).encode())
 
     def finished(self, name: str, size: int) -> Mapping[str, str] | None:
         """What was noted with a file when it was finished, if it was, and still has its size."""
@@ -115,7 +90,7 @@ class Partial:
         self._pending.append(self._finisher.submit(self._finish, name, dict(notes)))
 
     def _finish(self, name: str, notes: dict[str, str]) -> None:
-        _sync(self.path(name))
+        sync(self.path(name))
         os.replace(self.path(name), self.folder / name)
         self._done[name] = notes
         self._record()
@@ -126,49 +101,7 @@ class Partial:
             pending.result()
         self._pending.clear()
 
-    def release(self) -> None:
-        """Give the folder its name."""
+    def release(self, key: Staged | None = None, drop: Collection[str] = ()) -> None:
+        """See `Staging.release`; all files are finished first."""
         self.wait()
-        for path in self.folder.iterdir():
-            _sync(path)
-        _sync(self.folder)
-        old = self.target.with_name(f".{self.target.name}.{os.urandom(4).hex()}.old")
-        if used := self.target.exists() and self._replace:
-            self.target.rename(old)
-        try:
-            os.replace(self.folder, self.target)
-        except OSError:
-            if used:
-                old.rename(self.target)
-            raise
-        for name in (_RECORD, _LOCK):
-            (self.target / name).unlink()
-        _sync(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def partial_of(target: Path) -> Path:
-    """The hidden folder in which a folder is made."""
-    return target.parent / f".{target.name}.partial"
-
-
-def refuse_used(target: Path, replace: bool = False) -> None:
-    """Raise CheckpointError where a folder to be written has files already."""
-    if not target.name:
-        raise CheckpointError(f"expected a folder with a name to write to, got {str(target)!r}")
-    if (
-        target.exists()
-        and not (replace and target.is_dir())
-        and (not target.is_dir() or any(target.iterdir()))
-    ):
-        raise CheckpointError(f"{target} exists already; remove it, or give a folder that does not")
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        super().release(key, drop)

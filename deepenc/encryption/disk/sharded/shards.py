@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepenc.errors import CheckpointError
+from deepenc.files import open_file, read_file
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -136,7 +138,7 @@ def open_shards(folder: Path) -> Shards:
     if not isinstance(places, dict) or not places or not isinstance(metadata, dict):
         raise CheckpointError(f"{folder / INDEX} has no weight_map of tensors to files; {_REMEDY}")
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not _is_shard(file):
             raise CheckpointError(
                 f"{folder / INDEX} says that tensor {name!r} is in {file!r}: expected the name of a "
                 f".safetensors file in the same folder; {_REMEDY}"
@@ -159,6 +161,19 @@ def open_shards(folder: Path) -> Shards:
     return Shards(files, metadata)
 
 
+def files_of(folder: Path) -> set[str]:
+    """Names of the files in which a checkpoint's tensors are, and of their index; whichever are there."""
+    names = {SINGLE, INDEX}
+    with suppress(CheckpointError):
+        places = read_json(folder / INDEX).get("weight_map")
+        names |= {n for n in (places.values() if isinstance(places, dict) else ()) if _is_shard(n)}
+    return {name for name in names if (folder / name).is_file()}
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
@@ -166,9 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read, or holds none.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON + 1)
-        document = json.loads(data) if len(data) <= _MAX_JSON else None
+        document = json.loads(read_file(path, _MAX_JSON))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
     except (ValueError, RecursionError):
@@ -180,9 +193,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> Shard:
     try:
-        with safe_open(path, framework="pt") as file:  # checks sizes, offsets and shapes against the file
-            metadata = file.metadata() or {}
-        with path.open("rb") as raw:
+        with open_file(path) as raw:
+            with safe_open(path, framework="pt") as file:  # checks sizes, offsets and shapes against the file
+                metadata = file.metadata() or {}
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
     except (OSError, SafetensorError, ValueError) as error:
@@ -209,7 +222,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("rb", buffering=0)
+        self._file: Any = open_file(path)
 
     def __enter__(self) -> Self:
         return self
@@ -230,6 +243,8 @@ class Reader:
             start += rows[0] * (entry.nbytes // max(1, shape[0]))
             shape = (rows[1] - rows[0], *shape[1:])
         size = prod(shape) * entry.dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=entry.dtype)
         data = np.empty(size, dtype=np.uint8)  # numpy asks for large pages, torch does not
         view = data.data
         self._file.seek(start)
