@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -92,25 +93,28 @@ class _Lines:
     def __init__(self, console: Console, search: Search) -> None:
         self._console, self._search, self._total = console, search, search.trials
 
-    def begun(self, trials: int, finished: int) -> None:
-        """See `deepenc.study.tuning.Progress`."""
-        self._console.print(f"{trials} trials, {finished} of them finished before", soft_wrap=True)
+    def planned(self, total: int, finished: int) -> None:
+        """See `deepenc.study.workers.Progress`."""
+        self._console.print(f"{total} trials, {finished} of them finished before", soft_wrap=True)
 
-    def finished(self, number: int, result: Result) -> None:
-        """See `deepenc.study.tuning.Progress`."""
+    def finished(self, number: int, values: Mapping[str, Any], result: Result) -> None:
+        """See `deepenc.study.workers.Progress`."""
+        from deepenc.study.outcome import measured
+
         reached = ", ".join(
-            f"{objective} {value:.3f}"
+            f"{objective} {measured(objective, value)}"
             for objective, value in zip(self._search.objectives, result.values, strict=False)
         )
         said = reached or result.reason.strip().rpartition("\n")[2]
-        text = f"trial {number + 1}/{self._total} {result.state}: {said}"
+        tried = ", ".join(f"{field}={value}" for field, value in values.items())
+        text = f"trial {number + 1}/{self._total} {result.state}: {said}; {tried}"
         self._console.print(text, markup=False, soft_wrap=True)
 
 
 def _show(search: Search, tuned: Tuned, console: Console) -> None:
     from collections import Counter
 
-    from deepenc.study.outcome import importances
+    from deepenc.study.outcome import importances, measured
 
     states = Counter(trial.state.name.lower() for trial in tuned.study.get_trials(deepcopy=False))
     console.print("trials: " + ", ".join(f"{count} {state}" for state, count in states.items()))
@@ -128,10 +132,11 @@ def _show(search: Search, tuned: Tuned, console: Console) -> None:
     table.add_column("accuracy lost", justify="right")
     for one in (*tuned.finalists, *tuned.others):
         cells = []
-        for place, _ in enumerate(search.objectives):
-            cells += [_said(one.searched[place] if one.searched else None), _said(one.fresh[place])]
-        memory = f"{one.memory.mean:.2%}" if one.memory else ""
-        table.add_row(one.defense.name, *cells, memory, _said(one.damage))
+        for place, objective in enumerate(search.objectives):
+            searched = one.searched[place] if one.searched else None
+            cells += [_said(objective, searched), _said(objective, one.fresh[place])]
+        memory = measured("memory", one.memory.mean) if one.memory else ""
+        table.add_row(one.defense.name, *cells, memory, _said("damage", one.damage))
     console.print(table)
     for one in tuned.finalists:
         trial = tuned.study.get_trials(deepcopy=False)[one.trial or 0]
@@ -142,10 +147,15 @@ def _show(search: Search, tuned: Tuned, console: Console) -> None:
         console.print(f"what {name} depends on: {told}", markup=False, soft_wrap=True)
 
 
-def _said(estimate: Estimate | None) -> str:
+def _said(objective: str, estimate: Estimate | None) -> str:
     """A mean with its interval over keys, and their number."""
+    from deepenc.report.format import ABSENT
+    from deepenc.study.outcome import measured
+
     if estimate is None:
-        return ""
+        return ABSENT
     interval = estimate.interval
-    spread = f" [{interval.low:.3g}, {interval.high:.3g}]" if interval else ""
-    return f"{estimate.mean:.3g}{spread} n={estimate.keys}"
+    spread = (
+        f" [{measured(objective, interval.low)}, {measured(objective, interval.high)}]" if interval else ""
+    )
+    return f"{measured(objective, estimate.mean)}{spread} n={estimate.keys}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
@@ -15,15 +17,18 @@ from deepenc.arena.plan import Experiment
 from deepenc.arena.record import Record
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
-from deepenc.study.search import RISING, Search
+from deepenc.study.search import Search
 from deepenc.study.trials import values_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from optuna import Study
     from optuna.trial import FrozenTrial
 
 BEST = "best.yaml"
+SHARES: frozenset[str] = frozenset({"damage", "memory"})
+"""Objectives that are shares, and written in percent."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,15 @@ def _value(trial: FrozenTrial, place: int) -> float:
     return float(trial.values[place])
 
 
+def _values(trial: FrozenTrial, places: Sequence[int]) -> list[float]:
+    return [_value(trial, place) for place in places]
+
+
+def measured(objective: str, value: float) -> str:
+    """The value of an objective, as it is printed: shares in percent."""
+    return f"{100 * value:.3g} %" if objective in SHARES else f"{value:.3g}"
+
+
 def write(search: Search, study: Study, defenses: Sequence[Defense], folder: Path) -> list[Path]:
     """Leave the configuration and the pictures in the run's folder.
 
@@ -153,47 +167,51 @@ def write(search: Search, study: Study, defenses: Sequence[Defense], folder: Pat
         paths[0].write_text(best_yaml(search, defenses), encoding="utf-8")
         for name, figure in _pictures(search, study):
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=150)
+            figure.savefig(paths[-1], dpi=150, bbox_inches="tight")
     except OSError as error:
         raise StoreError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     return paths
 
 
-def _pictures(search: Search, study: Study) -> list[tuple[str, Figure]]:
-    from matplotlib.figure import Figure
-    from optuna.trial import TrialState
+def _pictures(search: Search, study: Study) -> Iterator[tuple[str, Figure]]:
+    """Optuna's own, one at a time; each is closed when the next is asked for."""
+    from matplotlib import pyplot, rc_context
+    from matplotlib.ticker import PercentFormatter
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.importance import FanovaImportanceEvaluator
+    from optuna.visualization import matplotlib as plots
 
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    made: list[tuple[str, Figure]] = []
+    def finished(title: str, axes: Axes, **objectives: str) -> Figure:
+        axes.set_title(title)
+        for axis, objective in objectives.items():
+            if objective in SHARES:
+                getattr(axes, axis).set_major_formatter(PercentFormatter(1.0))
+        return cast("Figure", axes.figure)
 
-    def sheet(name: str) -> Any:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        made.append((name, figure))
-        return figure.subplots()
+    def drawn() -> Iterator[tuple[str, Figure]]:
+        several = len(search.objectives) > 1
+        for place, name in enumerate(search.objectives):
+            shown = partial(_value, place=place) if several else None
+            axes = plots.plot_optimization_history(study, target=shown, target_name=name)
+            yield f"history-{name}", finished(f"{search.name}: {name} of each trial", axes, yaxis=name)
+        for first, second in combinations(range(len(search.objectives)), 2):
+            x, y = search.objectives[first], search.objectives[second]
+            both = partial(_values, places=(first, second))
+            axes = plots.plot_pareto_front(study, targets=both, target_names=[x, y])
+            yield f"front-{x}-{y}", finished(f"{search.name}: {y} against {x}", axes, xaxis=x, yaxis=y)
+        known = importances(study)
+        for place, name in enumerate(search.objectives):
+            if name not in known:
+                continue
+            target, evaluator = partial(_value, place=place), FanovaImportanceEvaluator(seed=0)
+            axes = plots.plot_param_importances(study, evaluator, target=target, target_name=name)
+            yield f"importance-{name}", finished(f"{search.name}: what {name} depends on", axes)
 
-    for place, objective in enumerate(search.objectives):
-        axes = sheet(f"history-{objective}")
-        numbers, values = [t.number for t in complete], [t.values[place] for t in complete]
-        pick = max if objective in RISING else min
-        axes.plot(numbers, values, "o", alpha=0.5, label="trial")
-        axes.step(
-            numbers, [pick(values[: n + 1]) for n in range(len(values))], where="post", label="best so far"
-        )
-        axes.set(xlabel="trial", ylabel=objective)
-        axes.legend()
-    for first, second in _pairs(len(search.objectives)):
-        axes = sheet(f"front-{search.objectives[first]}-{search.objectives[second]}")
-        for trials, style, label in ((complete, "o", "trial"), (study.best_trials, "D", "front")):
-            x, y = [t.values[first] for t in trials], [t.values[second] for t in trials]
-            axes.plot(x, y, style, alpha=0.6, label=label)
-        axes.set(xlabel=search.objectives[first], ylabel=search.objectives[second])
-        axes.legend()
-    for name, shares in importances(study).items():
-        axes = sheet(f"importance-{name}")
-        axes.barh(list(shares)[::-1], list(shares.values())[::-1])
-        axes.set(xlabel=f"share of the spread of {name}")
-    return made
-
-
-def _pairs(count: int) -> list[tuple[int, int]]:
-    return [(first, second) for first in range(count) for second in range(first + 1, count)]
+    # Optuna sets a style for all later pictures of the process, and its plots still warn of being new.
+    with rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        for name, figure in drawn():
+            try:
+                yield name, figure
+            finally:
+                pyplot.close(figure)

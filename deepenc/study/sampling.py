@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from deepenc.arena.kit.space import Axis
 from deepenc.errors import ConfigError
 from deepenc.study.search import Search, size
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
 
 ENUMERABLE = 4096
 """Points of a space that are listed one by one."""
-ATTEMPTS, DRAWS = 8, 1000
-"""Proposals of Optuna's sampler, and then points at random, before the space counts as used up."""
 
 
 def distribution(axis: Axis) -> BaseDistribution:
@@ -75,67 +71,16 @@ def sampler(search: Search, seed: int, parallel: bool) -> BaseSampler:
         parallel: Whether several trials run at once.
     """
     from optuna.exceptions import ExperimentalWarning
-    from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial, TrialState
+    from optuna.samplers import NSGAIISampler, TPESampler
 
-    startup = max(1, min(10, search.trials // 3))
+    from deepenc.study.distinct import Distinct
+
     inner: BaseSampler
     if len(search.objectives) == 1:
+        startup = max(1, min(10, search.trials // 3))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna 4 calls both options experimental
             inner = TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=parallel)
     else:
         inner = NSGAIISampler(seed=seed, population_size=max(4, min(50, search.trials // 4)))
-    space = {axis.field: distribution(axis) for axis in search.space}
-    rng = np.random.default_rng(seed)
-    chance = RandomSampler(seed=seed)
-
-    class Distinct(BaseSampler):
-        """Asks the sampler inside for whole settings, and again where one was tried already."""
-
-        def infer_relative_search_space(
-            self, study: Study, trial: FrozenTrial
-        ) -> dict[str, BaseDistribution]:
-            return space
-
-        def sample_relative(
-            self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-        ) -> dict[str, Any]:
-            before = study.get_trials(deepcopy=False)
-            seen = {
-                identity(search, t.params)
-                for t in before
-                if t.number != trial.number and t.state != TrialState.WAITING and len(t.params) == len(space)
-            }
-            for attempt in range(ATTEMPTS + DRAWS):
-                values = self._proposal(inner if attempt < ATTEMPTS else chance, study, trial)
-                if identity(search, values) not in seen:
-                    return values
-            number = size(search.space)
-            if number is not None and number <= ENUMERABLE:
-                left = [v for v in every(search.space) if identity(search, v) not in seen]
-                if left:
-                    return left[int(rng.integers(len(left)))]
-            return values
-
-        def _proposal(self, of: BaseSampler, study: Study, trial: FrozenTrial) -> dict[str, Any]:
-            several = {field: d for field, d in space.items() if not d.single()}
-            found = of.sample_relative(study, trial, several) if several else {}
-            for field, d in space.items():
-                if field not in found:
-                    found[field] = of.sample_independent(study, trial, field, d)
-            return {field: found[field] for field in space}
-
-        def sample_independent(
-            self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-        ) -> Any:
-            return chance.sample_independent(study, trial, param_name, param_distribution)
-
-        def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-            inner.before_trial(study, trial)
-
-        def after_trial(self, study: Study, trial: FrozenTrial, state: Any, values: Any) -> None:
-            inner.after_trial(study, trial, state, values)
-
-    return Distinct()
+    return Distinct(search, inner, seed)

@@ -19,16 +19,19 @@ import torch
 
 from deepenc.arena.build import Encryption, Subject, fresh
 from deepenc.arena.run.leases import new_owner, retire
+from deepenc.arena.run.pool import Silent
 from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import _loaded, load_file
 from deepenc.processes import Crew
-from deepenc.study import tuning
+from deepenc.study import workers
 from deepenc.study.outcome import importances, write
 from deepenc.study.search import Search
+from deepenc.study.storage import JOURNAL, locked, open_study
 from deepenc.study.trials import Evaluator, Result
-from deepenc.study.tuning import JOURNAL, Quiet, Tuned, open_study, tune
+from deepenc.study.tuning import Tuned, tune
+from deepenc.study.workers import TrialQueue, run_in_workers
 
 PLUGIN = '''
 import json, os, signal, time
@@ -226,9 +229,7 @@ def test_a_front_of_several_objectives(plugin: Path, tmp_path: Path) -> None:
 
 
 def test_one_command_at_a_time(plugin: Path, tmp_path: Path) -> None:
-    from deepenc.study.tuning import _locked
-
-    with _locked(tmp_path), pytest.raises(StoreError, match="another command"):
+    with locked(tmp_path), pytest.raises(StoreError, match="another command"):
         run(tmp_path)
 
 
@@ -267,11 +268,11 @@ def test_a_dead_worker_s_trial_is_tried_once_more(
 ) -> None:
     search = Search.model_validate(fields(tmp_path, trials=5))
     study = open_study(search, tmp_path)
-    monkeypatch.setattr(tuning, "ready", lambda workers: [w for w in workers if w.task is not None])
+    monkeypatch.setattr(workers, "ready", lambda pool: [w for w in pool if w.task is not None])
     monkeypatch.setattr(Scripted, "plan", {1: 1, 2: 2})
     monkeypatch.setattr(Scripted, "given", [])
     with Crew[Any](2, Scripted) as crew:
-        fought = tuning._there(tuning._Desk(search, study, "host|1|2|x", Quiet()), crew, ())
+        fought = run_in_workers(TrialQueue(search, study, "here", None, Silent()), crew, ())
         assert [worker.references for worker in crew.workers] == [(), ()], "the replaced, too"
     trials = study.get_trials()
     assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -290,15 +291,15 @@ def test_a_trial_whose_command_died_goes_on_under_its_number(plugin: Path, tmp_p
         trial.set_user_attr("owner", owner)
         begun.append({axis.field: axis.suggest(trial) for axis in search.space})
         trial.report(1.0, 0)
-    desk = tuning._Desk(search, open_study(search, tmp_path), "host|1|2|x", Quiet())
+    queue = TrialQueue(search, open_study(search, tmp_path), "here", "host|1|2|x", Silent())
     retire(mine)
-    (orphan, values), (other, further) = desk.next() or ((), ()), desk.next() or ((), ())
+    (orphan, values), (other, further) = queue.next() or ((), ()), queue.next() or ((), ())
     assert (orphan.number, values) == (0, begun[0]), "the one whose owner is dead"
     assert other.number == 2 and further not in begun
-    desk.prune(orphan, 0, 5.0)  # was reported before
-    desk.close(orphan, Result("complete", (2.0,)))
-    assert [t.state.name for t in desk.study.get_trials()] == ["COMPLETE", "RUNNING", "RUNNING"]
-    assert desk.study.get_trials()[0].intermediate_values == {0: 1.0}
+    queue.prune(orphan, 0, 5.0)  # was reported before
+    queue.close(orphan, Result("complete", (2.0,)))
+    assert [t.state.name for t in queue.study.get_trials()] == ["COMPLETE", "RUNNING", "RUNNING"]
+    assert queue.study.get_trials()[0].intermediate_values == {0: 1.0}
 
 
 def test_a_killed_worker_loses_no_trial_and_doubles_none(plugin: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that nobody watches, of a run or of a search."""
 
     def planned(self, total: int, finished: int) -> None:
         """See `Progress`."""
@@ -39,7 +39,7 @@ class Silent:
     def started(self, cell: Cell) -> None:
         """See `Progress`."""
 
-    def finished(self, cell: Cell, record: Record) -> None:
+    def finished(self, *_: object, **__: object) -> None:
         """See `Progress`."""
 
 
