@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.arena.plan import Task
 from deepenc.arena.provenance import Clock
+from deepenc.arena.reasons import explain
 from deepenc.arena.record import Accuracy, Cost, Detection, Record
 from deepenc.arena.residue import Surroundings
 from deepenc.arena.threat import Meter, Threat, close
@@ -65,8 +65,8 @@ def _begun(task: Task, encryption: Callable[[], Encryption]) -> Record:
             measured = measure(claim, case, encrypted, label, task.judge)
     except OutOfBudget as error:
         return task.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
-    except Exception:  # whatever an attack raises belongs into its cell, not into the run
-        return task.record(state="failed", reason=traceback.format_exc(), cost=_cost(meter), **known)
+    except Exception as error:  # whatever an attack raises belongs into its cell, not into the run
+        return task.record(state="failed", reason=explain(error), cost=_cost(meter), **known)
     finally:
         _restore(surroundings, label)
     return task.record(

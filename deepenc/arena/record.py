@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from deepenc.arena.reasons import clean
+
+Reason = Annotated[str, BeforeValidator(lambda text: clean(text) if isinstance(text, str) else text)]
+"""Text of limited length that every database and terminal takes."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 State = Literal["planned", "running", "done", "unsupported", "out_of_budget", "failed"]
 """State of a cell."""
@@ -25,10 +32,16 @@ class Accuracy(_Part):
             classes, of which five say little.
     """
 
-    correct: int = Field(ge=0)
-    images: int = Field(gt=0)
-    unreadable: int = Field(0, ge=0)
-    top5: int | None = Field(None, ge=0)
+    correct: Count
+    images: Count = Field(gt=0)
+    unreadable: Count = 0
+    top5: Count | None = None
+
+    @model_validator(mode="after")
+    def _of_the_images(self) -> Self:
+        if max(self.correct, self.unreadable, self.top5 or 0) > self.images:
+            raise ValueError(f"expected counts of the {self.images} images judged, got {self!r}")
+        return self
 
     @property
     def rate(self) -> float:
@@ -71,10 +84,10 @@ class Detection(_Part):
 class Cost(_Part):
     """What the attack spent, as the arena metered it (see `deepenc.arena.threat.Meter`)."""
 
-    samples: int = Field(ge=0)
-    steps: int = Field(ge=0)
-    queries: int = Field(0, ge=0)
-    trials: int = Field(0, ge=0)
+    samples: Count
+    steps: Count
+    queries: Count = 0
+    trials: Count = 0
     seconds: float = Field(ge=0)
 
 
@@ -145,7 +158,7 @@ class Record(_Part):
     reference: Literal["floor", "scratch"] | None = None
     protected: bool
     state: Literal["done", "unsupported", "out_of_budget", "failed"]
-    reason: str | None = None
+    reason: Reason | None = None
     accuracy: Accuracy | None = None
     removed: bool = False
     detection: Detection | None = None
@@ -154,4 +167,4 @@ class Record(_Part):
     key_bits: float | None = None
     diverged: bool = False
     provenance: Provenance | None = None
-    unreliable: str | None = None
+    unreliable: Reason | None = None

@@ -140,15 +140,24 @@ def _state(line: CellSummary) -> str:
 
 
 def _reasons(summaries: Iterable[CellSummary]) -> list[RenderableType]:
-    """Why duels did not end "done", each reason once; of a traceback the last line."""
-    found: dict[str, str] = {}
+    """Why duels did not end "done", each reason once, by its first line."""
+    found: dict[str, dict[str, None]] = {}
     for line in summaries:
-        if line.reason:
-            last = line.reason.strip().splitlines()[-1] if line.reason.strip() else "no reason was kept"
-            found.setdefault(f"{line.attack}: {last}", line.defense)
+        if line.reason is not None:
+            first = (line.reason.strip() or "no reason was kept").splitlines()[0]
+            found.setdefault(f": {first}", {})[line.attack] = None
         if line.unreliable:
-            found.setdefault(f"{line.attack} is not reliable: {line.unreliable}", line.defense)
-    return [Text(f"  {text}", style="yellow") for text in found]
+            found.setdefault(f" is not reliable: {line.unreliable}", {})[line.attack] = None
+    return [Text(f"  {_few(list(attacks))}{text}", style="yellow") for text, attacks in found.items()]
+
+
+def _few(attacks: Sequence[str]) -> str:
+    """Names, the first three of many.
+
+    >>> _few(["a"]), _few(["a", "b", "c", "d", "e"])
+    ('a', 'a, b, c and 2 others')
+    """
+    return ", ".join(attacks[:3]) + (f" and {len(attacks) - 3} others" if len(attacks) > 3 else "")
 
 
 def _by(summaries: Sequence[CellSummary]) -> list[tuple[tuple[str, str], list[CellSummary]]]:
