@@ -61,6 +61,10 @@ class StoreError(DeepencError):
     """A run's folder or database that cannot be read or written."""
 
 
+class WorkerError(DeepencError):
+    """A worker process that cannot start, or cannot read what it is given."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """Say which of the known names may have been meant.
 

@@ -34,6 +34,8 @@ GROUPS = {
     "victim": "deepenc.victims",
 }
 
+_PREFIX = "deepenc_plugin_"
+
 Spec = str | Mapping[str, Any]
 """A plugin as text: ``"name"``, ``"name:field=value,..."`` or ``{"name": ..., field: value}``."""
 
@@ -280,7 +282,7 @@ def load_file(path: str | Path) -> list[type[Plugin]]:
     path = Path(path).resolve()
     if not path.is_file():
         raise PluginError(f"no plugin file at {path}; give the path of a Python file")
-    module_name = f"deepenc_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    module_name = f"{_PREFIX}{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     module = sys.modules.get(module_name)
     if module is None:
         module = _import(module_name, path)
@@ -297,6 +299,12 @@ def load_file(path: str | Path) -> list[type[Plugin]]:
     for cls in found:
         register(cls, str(path))
     return found
+
+
+def loaded_files() -> list[Path]:
+    """The files that `load_file` has loaded, for another process to load."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(_PREFIX)]
+    return [Path(module.__file__) for module in modules if module.__file__]
 
 
 def _import(module_name: str, path: Path) -> ModuleType:

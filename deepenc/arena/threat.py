@@ -44,6 +44,7 @@ class Threat(BaseModel):
         point_of: Name of the threat model that this is a point of a curve of.
         samples: Samples the attacker's networks may process; None is without limit.
         steps: Optimiser steps the attacker may take; None is without limit.
+        seconds: Wall time that an attack may take, in a run; it is stopped then. None is without limit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -62,6 +63,7 @@ class Threat(BaseModel):
     point_of: str | None = None
     samples: int | None = Field(None, ge=0)
     steps: int | None = Field(None, ge=0)
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @property
     def family(self) -> str:

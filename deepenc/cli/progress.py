@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,10 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from deepenc.arena.plan import Cell
 from deepenc.arena.record import Record
-from deepenc.arena.run.pool import Progress as Watcher
+from deepenc.arena.run.progress import Progress as Watcher
 
 PAUSE = 10.0
 """Seconds between two lines where there is no terminal."""
+
+LONG = 60.0
+"""Seconds without a finished cell after which a line says what is running."""
+
+MANY = 10_000
+"""Cells of which a plan takes so long to make that a line says so."""
 
 
 class Estimate:
@@ -32,29 +38,39 @@ class Estimate:
 
     def left(self) -> str:
         """Time left at the mean speed of this run, in words; empty while nobody can tell."""
-        fought = self.done - self.before
-        if not fought or self.done >= self.total:
+        done = self.done - self.before
+        if not done or self.done >= self.total:
             return ""
-        seconds = (time.monotonic() - self.began) / fought * (self.total - self.done)
+        seconds = (time.monotonic() - self.began) / done * (self.total - self.done)
         return f"about {timedelta(seconds=round(seconds))} left"
 
 
-class Lines:
-    """Prints a line at most every `PAUSE` seconds, and a last one."""
+class Lines(Watcher):
+    """Prints a line at most every `PAUSE` seconds, a last one, and one now and then while nothing ends."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._estimate, self._last = console, Estimate(), time.monotonic()
 
+    def planning(self, total: int) -> None:
+        """See `Watcher`."""
+        if total >= MANY:
+            self._console.print(f"planning {total:,} cells", soft_wrap=True)
+
     def planned(self, total: int, finished: int) -> None:
-        """See `deepenc.arena.run.matrix.Progress`."""
+        """See `Watcher`."""
         self._estimate.planned(total, finished)
         self._console.print(f"{total} cells, {finished} of them finished before", soft_wrap=True)
 
-    def started(self, cell: Cell) -> None:
-        """See `deepenc.arena.run.matrix.Progress`."""
+    def running(self, cells: Sequence[tuple[Cell, float]]) -> None:
+        """See `Watcher`."""
+        now = time.monotonic()
+        if cells and now - self._last >= LONG:
+            self._last = now
+            text = ", and ".join(f"{describe(cell)} ({seconds:.0f} s)" for cell, seconds in cells)
+            self._console.print(f"still running: {text}", markup=False, soft_wrap=True)
 
     def finished(self, cell: Cell, record: Record) -> None:
-        """See `deepenc.arena.run.matrix.Progress`."""
+        """See `Watcher`."""
         self._estimate.done += 1
         now = time.monotonic()
         if now - self._last >= PAUSE or self._estimate.done == self._estimate.total:
@@ -64,33 +80,36 @@ class Lines:
             self._console.print(f"{text}; {left}" if left else text, markup=False, soft_wrap=True)
 
 
-class Bar:
+class Bar(Watcher):
     """Moves a bar on a terminal."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar, self._estimate = bar, Estimate()
         self._task: TaskID = bar.add_task("", total=None, now="preparing the victims", left="")
-        self._running: dict[Cell, None] = {}
+        self._running: list[tuple[Cell, float]] = []
 
     def planned(self, total: int, finished: int) -> None:
-        """See `deepenc.arena.run.matrix.Progress`."""
+        """See `Watcher`."""
         self._estimate.planned(total, finished)
         self._bar.update(self._task, total=total, completed=finished)
 
-    def started(self, cell: Cell) -> None:
-        """See `deepenc.arena.run.matrix.Progress`."""
-        self._running[cell] = None
+    def planning(self, total: int) -> None:
+        """See `Watcher`."""
+        self._bar.update(self._task, now=f"planning {total:,} cells")
+
+    def running(self, cells: Sequence[tuple[Cell, float]]) -> None:
+        """See `Watcher`."""
+        self._running = sorted(cells, key=lambda item: -item[1])
         self._show()
 
     def finished(self, cell: Cell, record: Record) -> None:
-        """See `deepenc.arena.run.matrix.Progress`."""
+        """See `Watcher`."""
         self._estimate.done += 1
-        self._running.pop(cell, None)
         self._bar.update(self._task, completed=self._estimate.done)
         self._show()
 
     def _show(self) -> None:
-        now = describe(next(iter(self._running))) if self._running else ""
+        now = f"{describe(self._running[0][0])} ({self._running[0][1]:.0f} s)" if self._running else ""
         more = f" (+{len(self._running) - 1})" if len(self._running) > 1 else ""
         self._bar.update(self._task, now=now + more, left=self._estimate.left())
 

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from deepenc.cli.console import WIDTH, out
+from deepenc.cli.console import WIDTH, complain, out
 from deepenc.errors import StoreError
 
 if TYPE_CHECKING:
     from deepenc.arena.record import Record
 
 CSV, TABLES = "records.csv", "report.txt"
+
+SQLITE = b"SQLite format 3\0"
+"""How every SQLite database begins."""
 
 
 class Device(StrEnum):
@@ -31,11 +34,16 @@ def run(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run. Default: runs/ and the config's name.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that fight duels.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each of one thread.")] = 1,
     plugin: Annotated[
         list[Path] | None, typer.Option(help="Python file with plugins; may be given several times.")
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Fight failed cells again.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run cells again that failed or met --timeout.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that an attack may take; it is stopped then.")
+    ] = None,
     device: Annotated[Device | None, typer.Option(help="Instead of the config's device.")] = None,
 ) -> None:
     """Let every attack loose on every defense of a config, and show what each really got.
@@ -45,6 +53,7 @@ def run(
     Example: deepenc run configs/quickstart.yaml --workers 2
     """
     from deepenc.arena.run import matrix
+    from deepenc.arena.run.matrix import OUTPUT, cells_are
     from deepenc.cli.progress import watch
     from deepenc.config import load
     from deepenc.plugins import load_file
@@ -67,20 +76,28 @@ def run(
                 plugin_files=plugin or (),
                 progress=progress,
                 retry_failed=retry_failed,
+                timeout=timeout,
             )
     except KeyboardInterrupt:
         console.print(f"Stopped. Finished cells are kept in {folder}; give the same command to go on.")
         raise typer.Exit(130) from None
-    records = _records(folder)
+    records, _ = _read(folder)
     _show(records, console)
     _write(records, folder)
-    if failed := summary.states.get("failed", 0):
-        console.print(f"{failed} cells failed; the reasons are above. Try them again with --retry-failed.")
+    if summary.kept:
+        console.print(
+            f"{cells_are(summary.kept)} kept in {folder} that are not of this configuration.", markup=False
+        )
     console.print(
-        f"{summary.fought} of {sum(summary.states.values())} cells fought now, in {summary.seconds:.0f} s.\n"
+        f"{summary.run} of {sum(summary.states.values())} cells run now, in {summary.seconds:.0f} s.\n"
         f"report   {folder / TABLES}\nrecords  {folder / CSV}",
         markup=False,
     )
+    if (printed := folder / OUTPUT).exists():
+        console.print(f"printed  {printed}", markup=False)
+    if summary.problems:
+        complain("; ".join(summary.problems))
+        raise typer.Exit(1)
 
 
 def report(
@@ -93,12 +110,19 @@ def report(
 
     Example: deepenc report runs/quickstart --csv quickstart.csv
     """
+    from deepenc.arena.run.matrix import cells_are
     from deepenc.report.export import write_csv
     from deepenc.report.markdown import write_markdown
 
-    records = _records(folder)
+    _refuse_own_files(folder, csv, allowed=CSV)
+    _refuse_own_files(folder, markdown)
+    records, open_cells = _read(folder)
     console = out()
     _show(records, console)
+    if open_cells:
+        console.print(
+            f"{cells_are(open_cells)} not finished: give the command of the run again.", markup=False
+        )
     if csv is not None:
         console.print(f"{write_csv(records, csv)} records written to {csv}", markup=False)
     if markdown is not None:
@@ -111,12 +135,35 @@ def report(
             console.print(f"picture written to {path}", markup=False)
 
 
-def _records(folder: Path) -> list[Record]:
+def _refuse_own_files(folder: Path, target: Path | None, allowed: str = "") -> None:
+    """Keep a table from being written over a run.
+
+    Raises:
+        StoreError: The file is one that a run keeps, of this run or of another.
+    """
+    from deepenc.arena.run.matrix import DATABASE, OUTPUT
+
+    if target is None or target.name == allowed:
+        return
+    own = (CSV, TABLES, OUTPUT, DATABASE)
+    beside = target.resolve().parent == folder.resolve() and target.name.startswith(own)
+    try:
+        with target.open("rb") as file:
+            database = file.read(len(SQLITE)) == SQLITE
+    except OSError:
+        database = False
+    if beside or database:
+        raise StoreError(f"{target} is a file that a run keeps; choose another name")
+
+
+def _read(folder: Path) -> tuple[list[Record], int]:
+    """The records of a run, and how many of its cells are not finished."""
     from deepenc.arena.run.matrix import DATABASE
     from deepenc.arena.run.store import Store
 
     with Store(folder / DATABASE, create=False) as store:
-        return store.records()
+        records = store.records()
+        return records, len(store.states()) - len(records)
 
 
 def _show(records: list[Record], console: Console) -> None:

@@ -11,33 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from deepenc.arena.record import Record
 from deepenc.arena.run import matrix
-from deepenc.arena.run.leases import new_owner, retire
-from deepenc.arena.run.pool import Progress as Watcher
-from deepenc.arena.run.pool import Silent
+from deepenc.arena.run.progress import Progress as Watcher
 from deepenc.encryption.defense import Defense
 from deepenc.plugins import load_file
-from deepenc.processes import Crew, Worker, threads
+from deepenc.processes.pool import Pool
+from deepenc.processes.worker import warm_up
 from deepenc.seeds import Roots, derive
+from deepenc.study import workers as worker_side
 from deepenc.study.outcome import Finalist, chosen, defense_of, final_experiment, finalist
+from deepenc.study.owners import new_owner, retire
 from deepenc.study.search import CHANGEABLE, Search
 from deepenc.study.storage import locked, open_study, place_of, storing
 from deepenc.study.trials import Evaluator
-from deepenc.study.workers import (
-    Progress,
-    TrialQueue,
-    WorkerConfig,
-    run_in_workers,
-    run_inline,
-    serve,
-)
+from deepenc.study.workers import Progress, Setup, Silent, TrialQueue, run_inline
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from deepenc.study.workers import Job
-
-FRESH = "fresh"
+FRESH, OUTPUT = "fresh", "output.txt"
 
 
 @dataclass(frozen=True)
@@ -99,13 +91,17 @@ def tune(
         study = open_study(search, folder, database)
         root = Roots.fromhex(study.user_attrs["root"])
         evaluator = Evaluator(search, Path(cache), root)
-        config = WorkerConfig(_plain(search), Path(cache), root, files, threads(workers))
-        crew: Crew[Worker[Job]] = Crew(workers if workers > 1 else 0, lambda: Worker(serve, config))
-        # Processes start while the references are measured here.
-        with _owned() as owner, crew as pool:
+        setup = Setup(_plain(search), Path(cache).absolute(), root, files)
+        if workers > 1:
+            warm_up([worker_side.__name__])  # while the references are measured here
+        with _owned() as owner, Pool(setup, workers, folder / OUTPUT) as pool:
             references = _references(study, where, evaluator)
-            queue = TrialQueue(search, study, where, owner if database else None, progress or Silent())
-            fought = run_in_workers(queue, pool, references) if pool.workers else run_inline(queue, evaluator)
+            told = progress or Silent()
+            queue = TrialQueue(search, study, where, owner if database else None, told, references)
+            if workers > 1:
+                pool.run(queue)
+            else:
+                run_inline(queue, evaluator)
         seconds = time.perf_counter() - started
         winners = chosen(search, study)
         experiment, roots = final_experiment(search, winners), root.below("fresh")
@@ -116,7 +112,7 @@ def tune(
             cache=cache,
             workers=workers,
             plugin_files=files,
-            progress=watcher or Silent(),
+            progress=watcher or Watcher(),
             roots=roots,
         )
         records = _records(fresh)
@@ -128,7 +124,7 @@ def tune(
             responses = evaluator.fresh_responses(defense, secrets)
             found.append(finalist(search, one, references, records, responses))
     places = len(winners)
-    return Tuned(study, tuple(found[:places]), tuple(found[places:]), records, fought, seconds)
+    return Tuned(study, tuple(found[:places]), tuple(found[places:]), records, queue.fought, seconds)
 
 
 def _references(study: Study, where: str, evaluator: Evaluator) -> tuple[Record, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deepenc.arena.record import Record
-from deepenc.arena.run.leases import alive
-from deepenc.processes import Crew, Worker, ready, settle
+from deepenc.processes.child import Handler, Tell, prepare
+from deepenc.processes.pool import Jobs
 from deepenc.seeds import Roots
+from deepenc.study.owners import alive
 from deepenc.study.sampling import identity, points
 from deepenc.study.search import Search
 from deepenc.study.storage import storing
@@ -21,12 +21,10 @@ from deepenc.study.trials import Evaluator, Result
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-    Job = tuple[Trial, dict[str, Any]]
+Job = tuple["Trial", dict[str, Any]]
+"""A trial, and the values to be tried."""
 
 log = logging.getLogger(__name__)
-
-ATTEMPTS = 2
-"""Workers that a trial may cost before it counts as failed."""
 
 
 class Progress(Protocol):
@@ -39,7 +37,17 @@ class Progress(Protocol):
         """A trial of these values has ended and is stored."""
 
 
-class TrialQueue:
+class Silent:
+    """Progress that nobody watches."""
+
+    def planned(self, total: int, finished: int) -> None:
+        """See `Progress`."""
+
+    def finished(self, number: int, values: Mapping[str, Any], result: Result) -> None:
+        """See `Progress`."""
+
+
+class TrialQueue(Jobs[Job]):
     """Hands out trials and stores what comes of them; only this side writes to the study.
 
     Args:
@@ -48,15 +56,23 @@ class TrialQueue:
         where: The study is kept, for messages.
         owner: Name of this command, where others may work on the study at the same time.
         progress: Is told how it goes.
+        references: Of the search; workers are given them.
     """
 
     def __init__(
-        self, search: Search, study: Study, where: str, owner: str | None, progress: Progress
+        self,
+        search: Search,
+        study: Study,
+        where: str,
+        owner: str | None,
+        progress: Progress,
+        references: tuple[Record, ...] = (),
     ) -> None:
-        self.search, self.study = search, study
+        self.search, self.study, self._references = search, study, references
         self._where, self._owner, self._progress = where, owner, progress
         self._points = points(search)
         self.fought = 0
+        self._warned = False
         with storing(where):
             self._orphans = self._recover()
             done = sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))
@@ -80,27 +96,56 @@ class TrialQueue:
             trial.set_user_attr("owner", self._owner)
         return trial
 
-    def next(self) -> Job | None:
-        """A trial to fight, with its values; None where there is no more to do.
+    def left(self) -> bool:
+        """See `Jobs.left`."""
+        with storing(self._where):
+            return bool(self._orphans) or not self._exhausted()
+
+    def next(self, slot: int = 0) -> Job | None:
+        """A trial to run, with its values; None where there is no more to do.
 
         Raises:
             StoreError: The study cannot be read or written; so for the other methods.
         """
-        from optuna.trial import TrialState
-
         with storing(self._where):
             if self._orphans:
                 trial = self._orphans.pop(0)
+            elif self._exhausted():
+                return None
             else:
-                begun = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
-                if len(begun) >= self.search.trials:
-                    return None
-                whole = [t.params for t in begun if len(t.params) == len(self.search.space)]
-                if self._points and self._points <= {identity(self.search, params) for params in whole}:
-                    log.warning("every defense of the space was tried: %d trials", len(begun))
-                    return None
                 trial = self._owned(self.study.ask())
             return trial, {axis.field: axis.suggest(trial) for axis in self.search.space}
+
+    def _exhausted(self) -> bool:
+        """Whether there are enough trials, or every defense of the space was tried."""
+        from optuna.trial import TrialState
+
+        begun = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+        if len(begun) >= self.search.trials:
+            return True
+        whole = [t.params for t in begun if len(t.params) == len(self.search.space)]
+        if not self._points or not self._points <= {identity(self.search, params) for params in whole}:
+            return False
+        if not self._warned:
+            log.warning("every defense of the space was tried: %d trials", len(begun))
+        self._warned = True
+        return True
+
+    def message(self, job: Job) -> object:
+        """See `Jobs.message`."""
+        return self._references, job[1]
+
+    def told(self, job: Job, note: Step) -> bool:
+        """See `Jobs.told`."""
+        return self.prune(job[0], note.step, note.value)
+
+    def done(self, job: Job, result: Result) -> None:
+        """See `Jobs.done`."""
+        self.close(job[0], result)
+
+    def lost(self, job: Job, reason: str) -> None:
+        """See `Jobs.lost`."""
+        self.close(job[0], Result("failed", reason=reason))
 
     def prune(self, trial: Trial, step: int, value: float) -> bool:
         """Take note of how a trial goes; says whether to give it up."""
@@ -130,25 +175,6 @@ class TrialQueue:
 
 
 @dataclass(frozen=True)
-class WorkerConfig:
-    """All that a worker must know, once.
-
-    Attributes:
-        search: As plain data: the user's plugins must be loaded before they can be named.
-        cache: Folder of the victims.
-        root: Root of the tuning keys and seeds.
-        plugin_files: To be loaded first.
-        threads: For torch.
-    """
-
-    search: dict[str, Any]
-    cache: Path
-    root: Roots
-    plugin_files: tuple[Path, ...]
-    threads: int
-
-
-@dataclass(frozen=True)
 class Step:
     """How a trial goes; the worker waits to be told whether to give up."""
 
@@ -156,71 +182,37 @@ class Step:
     value: float
 
 
-def run_inline(queue: TrialQueue, evaluator: Evaluator) -> int:
-    """Fight all trials in this process; says how many."""
+def run_inline(queue: TrialQueue, evaluator: Evaluator) -> None:
+    """Run all trials in this process."""
     while (job := queue.next()) is not None:
         trial, values = job
         result = evaluator.run(values, lambda step, value, trial=trial: queue.prune(trial, step, value))  # type: ignore[misc]
         queue.close(trial, result)
-    return queue.fought
 
 
-def run_in_workers(queue: TrialQueue, pool: Crew[Worker[Job]], references: tuple[Record, ...]) -> int:
-    """Fight all trials in processes; a trial whose worker dies is tried once more. Says how many."""
-    deaths: dict[int, int] = {}
+@dataclass(frozen=True)
+class Setup:
+    """Makes a process ready to run trials; it never touches the study, so that nothing it does can spoil it.
 
-    def give(worker: Worker[Job], job: Job | None) -> None:
-        worker.task = job
-        if job is not None:
-            worker.send(job[1])
-
-    for worker in pool.workers:
-        worker.send(references)
-        give(worker, queue.next())
-    while any(worker.task is not None for worker in pool.workers):
-        for worker in ready(pool.workers):
-            job, said = worker.task, worker.receive()
-            assert job is not None
-            trial = job[0]
-            if isinstance(said, Step):
-                worker.send(queue.prune(trial, said.step, said.value))
-                continue
-            if said is not None:
-                queue.close(trial, said)
-                give(worker, queue.next())
-                continue
-            how = worker.death()
-            fresh = pool.replace(worker)
-            fresh.send(references)
-            deaths[trial.number] = deaths.get(trial.number, 0) + 1
-            if deaths[trial.number] >= ATTEMPTS:
-                reason = f"the worker process died {deaths[trial.number]} times ({how})"
-                queue.close(trial, Result("failed", reason=reason))
-                job = queue.next()
-            give(fresh, job)
-    return queue.fought
-
-
-def serve(connection: Connection, config: WorkerConfig) -> None:
-    """Body of a worker process: takes the references, then the values of trials until the connection ends.
-
-    It never touches the study, so that nothing it does can spoil it.
-
-    Args:
-        connection: To the coordinator.
-        config: What it must know.
+    Attributes:
+        search: As plain data: the user's plugins must be loaded before they can be named.
+        cache: Folder of the victims.
+        root: Root of the tuning keys and seeds.
+        plugin_files: To be loaded first.
     """
-    settle(config.threads, config.plugin_files)
-    evaluator = Evaluator(Search.model_validate(config.search), config.cache, config.root)
 
-    def report(step: int, value: float) -> bool:
-        connection.send(Step(step, value))
-        return bool(connection.recv())
+    search: dict[str, Any]
+    cache: Path
+    root: Roots
+    plugin_files: tuple[Path, ...]
 
-    try:
-        evaluator.references = connection.recv()
-        while True:
-            values: Mapping[str, Any] = connection.recv()
-            connection.send(evaluator.run(values, report))
-    except (EOFError, OSError):
-        return
+    def __call__(self) -> Handler:
+        """Called once in each process; gives what runs a trial, by the references and its values."""
+        prepare(self.plugin_files)
+        evaluator = Evaluator(Search.model_validate(self.search), self.cache, self.root)
+
+        def handle(job: tuple[tuple[Record, ...], Mapping[str, Any]], tell: Tell) -> Result:
+            evaluator.references, values = job
+            return evaluator.run(values, lambda step, value: bool(tell(Step(step, value))))
+
+        return handle

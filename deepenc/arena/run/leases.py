@@ -1,49 +1,52 @@
-"""Who is running a cell: a process that can be told apart from any later one of the same number."""
+"""Who is running a cell: whoever holds a lease in the database that has not run out."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
+import logging
+import threading
 import uuid
-from pathlib import Path
+from typing import Self
 
-# Runs of this very process that are under way; a run that ended without giving back its cells is not.
-_here: set[str] = set()
+from deepenc.arena.run.store import Store
+from deepenc.errors import StoreError
 
+log = logging.getLogger(__name__)
 
-def new_owner() -> str:
-    """A name for a run that starts in this process: host, process, its start, and a mark of the run."""
-    owner = "|".join([socket.gethostname(), str(os.getpid()), _started(os.getpid()), uuid.uuid4().hex])
-    _here.add(owner)
-    return owner
+SECONDS = 45.0
+"""How long a lease is good for: so long the cells of a run that was killed wait for another to take over."""
 
 
-def retire(owner: str) -> None:
-    """Say that the run is over."""
-    _here.discard(owner)
+class Lease:
+    """A run's claim to the cells that it has taken, renewed in the background while it is held.
 
+    Args:
+        store: Where it is kept.
+        seconds: How long it is good for after each renewal.
 
-def alive(owner: str) -> bool:
-    """Whether a run is still under way; of one on another host that is not known, and taken to be so."""
-    host, pid, started, _ = owner.split("|")
-    if host != socket.gethostname():
-        return True
-    if int(pid) == os.getpid():
-        return owner in _here
-    return bool(started) and _started(int(pid)) == started
+    Attributes:
+        owner: Name of the run; no other has it.
+    """
 
+    def __init__(self, store: Store, seconds: float = SECONDS) -> None:
+        self.owner = uuid.uuid4().hex
+        self._store, self._seconds = store, seconds
+        self._over = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-def _started(pid: int) -> str:
-    """When a process started, in whatever form the system says it; empty where there is none."""
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            return ""
-        return "" if fields[0] == "Z" else fields[19]
-    told = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip()
+    def __enter__(self) -> Self:
+        self._store.renew(self.owner, self._seconds)
+        self._renewing.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However the run ends, the cells that it leaves running are planned again."""
+        self._over.set()
+        self._renewing.join()
+        self._store.release(self.owner)
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._seconds / 3):
+            try:
+                self._store.renew(self.owner, self._seconds)
+            except StoreError as error:  # the run itself will meet the same trouble, or it was a passing one
+                log.warning("could not renew the lease of this run: %s", error)

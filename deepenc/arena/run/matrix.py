@@ -1,29 +1,34 @@
-"""Run a matrix of duels: plan, fight, store; killed at any moment, it goes on where it was."""
+"""Run a matrix of duels: plan, run, store; killed at any moment, it goes on where it was."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from deepenc.arena.plan import Experiment, Task, plan
-from deepenc.arena.run.leases import new_owner, retire
-from deepenc.arena.run.pool import Progress, Silent, fight_all
+from deepenc.arena.run import worker
+from deepenc.arena.run.cells import Cells
+from deepenc.arena.run.database import EXPECTED, is_url
+from deepenc.arena.run.leases import SECONDS, Lease
+from deepenc.arena.run.progress import Progress
 from deepenc.arena.run.store import Store
-from deepenc.arena.run.worker import Workspace
-from deepenc.errors import ConfigError
-from deepenc.plugins import load_file
-from deepenc.seeds import Roots, random_root
+from deepenc.encryption.disk.header import HEADER
+from deepenc.errors import ConfigError, StoreError
+from deepenc.plugins import load_file, loaded_files
+from deepenc.processes.pool import Pool
+from deepenc.processes.worker import warm_up
+from deepenc.seeds import Roots
 
-log = logging.getLogger(__name__)
+DATABASE, OUTPUT = "run.sqlite", "output.txt"
 
-DATABASE = "run.sqlite"
+CELLS = 1_000_000
+"""Cells of an experiment at most; planning as many takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,44 @@ class Summary:
     Attributes:
         folder: Where its database is.
         states: Cells of the plan by state, those of earlier runs included.
-        fought: Cells fought in this run.
-        encryptions: Encryptions made in this run.
+        run: Cells that this run has finished.
+        encryptions: Encryptions made for them.
+        kept: Finished cells in the database that are not of this experiment.
         seconds: Wall time of this run.
     """
 
     folder: Path
     states: Mapping[str, int]
-    fought: int
+    run: int
     encryptions: int
+    kept: int
     seconds: float
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why this run is not what was asked for, in words; empty where every cell has an end that is one."""
+        words = {
+            "running": "being run by another command",
+            "planned": "not run",
+            "failed": "failed; try again with --retry-failed",
+        }
+        found = [
+            f"{cells_are(self.states[state])} {text}"
+            for state, text in words.items()
+            if self.states.get(state)
+        ]
+        if not found and not self.states.get("done"):
+            found.append("no cell is done: there is nothing to compare")
+        return tuple(found)
+
+
+def cells_are(count: int) -> str:
+    """A number of cells, as the subject of a sentence.
+
+    >>> cells_are(1), cells_are(1200)
+    ('1 cell is', '1,200 cells are')
+    """
+    return f"{count:,} cell is" if count == 1 else f"{count:,} cells are"
 
 
 def run(
@@ -54,28 +87,34 @@ def run(
     plugin_files: Sequence[str | Path] = (),
     progress: Progress | None = None,
     retry_failed: bool = False,
+    timeout: float | None = None,
+    lease: float = SECONDS,
     database: str | None = None,
     roots: Roots | None = None,
 ) -> Summary:
-    """Fight all cells of an experiment that are not finished yet.
+    """Run all cells of an experiment that are not finished yet, in child processes.
 
-    Finished cells stay as they are and nothing is fought twice; when the run is interrupted, its running
-    cells are planned again.
+    Finished cells stay as they are and no result is stored twice; when the run is interrupted, its running
+    cells are planned again. Several runs on one database share the cells.
 
     Args:
-        experiment: What to fight.
-        folder: Where the run is kept, in ``run.sqlite``; made where missing.
+        experiment: What to run.
+        folder: Where the run is kept, in ``run.sqlite``; made where missing. The database holds the root of
+            all its keys. What plugins print goes to ``output.txt``.
         cache: Folder of the victims.
-        workers: Processes that fight; with 1, this one.
-        plugin_files: Python files with plugins of the experiment.
+        workers: Processes. Each computes with one thread, so that results do not depend on their number.
+        plugin_files: Python files with plugins of the experiment, beside those that are loaded here.
         progress: Is told what goes on.
-        retry_failed: Fight failed cells again.
+        retry_failed: Run failed cells again, and those that were stopped by a timeout.
+        timeout: Seconds that an attack may take at most; None is without limit.
+        lease: Seconds after which the cells of a run that is no more are taken over by others.
         database: URL of another database.
         roots: Of keys and seeds, in place of the experiment's own.
 
     Raises:
-        ConfigError: A number of workers below 1, or a device that is not there.
-        StoreError: The database cannot be used; what was stored is kept.
+        ConfigError: A number of workers below 1, too many cells, or a device that is not there.
+        StoreError: The folder or the database cannot be used; what was stored is kept.
+        WorkerError: A process cannot start.
         VictimError: A victim cannot be loaded.
         TraceError: A victim cannot be traced.
         SiteError: A victim has no site.
@@ -83,31 +122,81 @@ def run(
     if workers < 1:
         raise ConfigError(f"expected at least 1 worker, got {workers}")
     started = time.perf_counter()
-    progress = progress or Silent()
-    files = [Path(path).resolve() for path in plugin_files]
-    for path in files:
+    progress = progress or Progress()
+    for path in plugin_files:
         load_file(path)
-    folder = Path(folder)
-    workspace = Workspace(Path(cache))
-    with Store(database or folder / DATABASE) as store:
+    folder, cache = Path(folder).absolute(), Path(cache).absolute()
+    _refuse_release(folder)
+    device = device_of(experiment)
+    progress.planning(_count(experiment))
+    warm_up([worker.__name__])
+    with Store(_target(database, folder)) as store:
         roots = roots or _roots(experiment, store)
-        tasks = _tasks(experiment, roots, workspace, device_of(experiment))
+        tasks = _tasks(experiment, roots, worker.Workspace(cache), device)
         store.sync(tasks, experiment.spec())
-        store.recover()
-        if retry_failed:
-            store.retry_failed()
-        states = store.states()
-        ended = sum(state not in ("planned", "running") for state in states.values())
-        progress.planned(len(states), ended)
-        pending = [task for task in tasks if states[task.identity] == "planned"]
-        with _ownership(store) as owner:
-            fought, encryptions = fight_all(
-                _groups(pending), store, owner, workspace, progress, Path(cache), workers, files
-            )
+        with Lease(store, lease) as held:
+            store.recover(held.owner)
+            if retry_failed:
+                store.retry_failed()
+            _tell_plan(store, progress)
+            queue = Cells(tasks, store, held.owner, progress, timeout)
+            if queue.left():
+                setup = worker.Setup(cache, tuple(loaded_files()))
+                with _output(folder) as output, Pool(setup, min(workers, queue.groups or 1), output) as pool:
+                    pool.run(queue)
         counts = Counter(store.states().values())
-    if counts["running"]:
-        log.warning("%d cells are being fought by another run on this database", counts["running"])
-    return Summary(folder, dict(counts), fought, encryptions, time.perf_counter() - started)
+        kept = store.kept()
+    seconds = time.perf_counter() - started
+    return Summary(folder, dict(counts), queue.run, queue.encryptions, kept, seconds)
+
+
+def _target(database: str | None, folder: Path) -> str | Path:
+    if database is not None and not is_url(database):
+        raise StoreError(f"cannot use {database!r} as the URL of a database; {EXPECTED}")
+    return database or folder / DATABASE
+
+
+def _refuse_release(folder: Path) -> None:
+    if (folder / HEADER).exists():
+        raise StoreError(
+            f"{folder} is the folder of an encrypted network, which is given away; a run holds the root of "
+            "its keys: choose another folder"
+        )
+
+
+def _count(experiment: Experiment) -> int:
+    """How many cells an experiment has, before they are made.
+
+    Raises:
+        ConfigError: More than anybody can mean.
+    """
+    keys, repeats = experiment.keys, experiment.repeats
+    once = plan(experiment.model_copy(update={"keys": 1, "repeats": 1}))
+    count = sum(min(cell.entry.keys or keys, keys) * repeats for cell in once)
+    if count > CELLS:
+        raise ConfigError(
+            f"expected at most {CELLS:,} cells, got {count:,}: {keys:,} keys, {repeats:,} repeats and "
+            f"{len(once):,} pairs of a defense and an attack; is there a slip in `keys` or `repeats`?"
+        )
+    return count
+
+
+def _tell_plan(store: Store, progress: Progress) -> None:
+    states = store.states().values()
+    progress.planned(len(states), sum(state not in ("planned", "running") for state in states))
+
+
+@contextmanager
+def _output(folder: Path) -> Iterator[Path]:
+    """The file for what is printed in workers; none is left where nothing was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / OUTPUT
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def device_of(experiment: Experiment) -> str:
@@ -123,7 +212,7 @@ def device_of(experiment: Experiment) -> str:
     return experiment.device
 
 
-def _tasks(experiment: Experiment, roots: Roots, workspace: Workspace, device: str) -> list[Task]:
+def _tasks(experiment: Experiment, roots: Roots, workspace: worker.Workspace, device: str) -> list[Task]:
     return [
         Task.of(cell, workspace.victim(cell.victim).fingerprint, roots, experiment.judge, device)
         for cell in plan(experiment)
@@ -134,25 +223,4 @@ def _roots(experiment: Experiment, store: Store) -> Roots:
     """From the experiment's seed where it has one; else drawn once, and kept in the database."""
     if experiment.seed is not None:
         return Roots.of_seed(experiment.seed)
-    return Roots.fromhex(store.put_new("root", random_root()))
-
-
-@contextmanager
-def _ownership(store: Store) -> Iterator[str]:
-    """However the run ends, the cells it leaves running are planned again."""
-    owner = new_owner()
-    try:
-        yield owner
-    finally:
-        try:
-            store.release(owner)
-        finally:
-            retire(owner)
-
-
-def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Cells that share an encryption, together; in the plan's order."""
-    groups: dict[bytes, list[Task]] = {}
-    for task in tasks:
-        groups.setdefault(task.secret, []).append(task)
-    return list(groups.values())
+    return store.roots()

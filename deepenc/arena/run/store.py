@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import ValidationError
 from sqlalchemy import (
     Boolean,
     Column,
+    ColumnElement,
     Engine,
+    Float,
     Integer,
     MetaData,
     String,
     Table,
     Text,
-    create_engine,
-    event,
+    bindparam,
+    delete,
+    func,
     inspect,
     select,
     update,
 )
-from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from deepenc.arena.plan import Task
-from deepenc.arena.record import Record
-from deepenc.arena.run.leases import alive
-from deepenc.errors import StoreError
+from deepenc.arena.record import Record, State
+from deepenc.arena.run.database import clock, explain, open_engine, shown
+from deepenc.errors import ConfigError, StoreError
+from deepenc.seeds import Roots, random_root
 
-SCHEMA = 1
+SCHEMA = 2
+TIMEOUT = "stopped at the run's time limit"
+"""How the reason of a cell begins that took longer than the run allowed, whatever its threat model allows."""
+
+_STATES = frozenset(get_args(State))
 _tables = MetaData()
 _meta = Table("meta", _tables, Column("name", String(64), primary_key=True), Column("value", Text))
 _cells = Table(
@@ -51,10 +61,17 @@ _cells = Table(
     Column("owner", Text),
     Column("record", Text),
 )
+_leases = Table(
+    "leases",
+    _tables,
+    Column("owner", String(64), primary_key=True),
+    Column("until", Float, nullable=False),
+    Column("seconds", Float, nullable=False),
+)
 
 
 class Store:
-    """The cells of one run and their records.
+    """The cells of one run, their records, and the leases of those who run them.
 
     Args:
         target: Path of an SQLite file, or a database URL.
@@ -65,8 +82,9 @@ class Store:
     """
 
     def __init__(self, target: str | Path, *, create: bool = True) -> None:
-        self._target = str(target)
-        self._engine = _engine(self._target, create)
+        self._engine = open_engine(str(target), create=create)
+        self._shown = shown(str(target))
+        self._now = clock(self._engine)
         with self._guard():
             present = set(inspect(self._engine).get_table_names())
             if present and not {"meta", "cells"} <= present:
@@ -76,20 +94,14 @@ class Store:
                 )
             if not present and not create:
                 raise StoreError(f"{self._shown} holds no run; start one with `deepenc run`")
-            with self._engine.begin() as connection:
-                _tables.create_all(connection)
-                if _read(connection, "schema") is None:
-                    _write(connection, "schema", str(SCHEMA))
+            if create:
+                _make_tables(self._engine)
+                self.put_new("schema", str(SCHEMA))
         self._check_version()
 
-    @property
-    def _shown(self) -> str:
-        """The target, without a password."""
-        return make_url(self._target).render_as_string() if "://" in self._target else self._target
-
     def _check_version(self) -> None:
-        found = self.get("schema")
-        if not str(found).isdigit() or int(str(found)) > SCHEMA:
+        found = str(self.get("schema"))
+        if not re.fullmatch("[0-9]{1,9}", found) or int(found) > SCHEMA:
             raise StoreError(
                 f"{self._shown} was written by a newer deepenc (schema {found}, this one reads up to "
                 f"{SCHEMA}); upgrade deepenc, or start a run in another folder"
@@ -97,11 +109,11 @@ class Store:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Turn the database's complaints into one that names the place and a remedy."""
+        """Turn complaints of the database, or about what it holds, into one with the place and a remedy."""
         try:
             yield
-        except SQLAlchemyError as error:
-            raise StoreError(f"{self._shown}: {_explain(error)}") from error
+        except (SQLAlchemyError, TypeError, ValueError, OverflowError) as error:
+            raise StoreError(f"{self._shown}: {explain(error)}") from error
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -121,69 +133,89 @@ class Store:
     def get(self, name: str) -> str | None:
         """A fact about the run, or None."""
         with self._begin() as connection:
-            return _read(connection, name)
+            return connection.scalar(select(_meta.c.value).where(_meta.c.name == name))
 
     def put(self, name: str, value: str) -> None:
         """Note a fact about the run."""
         with self._begin() as connection:
-            _write(connection, name, value)
+            _put(connection, name, value)
 
     def put_new(self, name: str, value: str) -> str:
         """Note a fact unless it is known already; gives what is known then."""
         with self._begin() as connection:
-            known = _read(connection, name)
-            if known is None:
-                _write(connection, name, value)
-            return value if known is None else known
+            _insert_new(connection, _meta, [{"name": name, "value": value}])
+            return str(connection.scalar(select(_meta.c.value).where(_meta.c.name == name)))
+
+    def roots(self) -> Roots:
+        """From which the run's keys and seeds are derived: drawn once, then kept."""
+        try:
+            return Roots.fromhex(self.put_new("root", random_root()))
+        except ConfigError as error:
+            raise StoreError(
+                f"{self._shown}: the root of the run's keys is damaged; restore a copy, or start a run in "
+                "another folder"
+            ) from error
 
     def experiment(self) -> dict[str, Any] | None:
         """The experiment that was run last, as plain data."""
         text = self.get("experiment")
-        return None if text is None else dict(json.loads(text))
+        with self._guard():
+            return None if text is None else dict(json.loads(text))
 
     def sync(self, tasks: Sequence[Task], experiment: dict[str, Any]) -> None:
         """Make the plan the current one: new cells are added, others keep their state and record.
 
         Cells that are no longer planned stay, out of the current plan.
         """
+        place = update(_cells).where(_cells.c.id == bindparam("cell"))
+        place = place.values(current=True, position=bindparam("place"))
         with self._begin() as connection:
-            _write(connection, "experiment", json.dumps(experiment, sort_keys=True))
+            _put(connection, "experiment", json.dumps(experiment, sort_keys=True))
             connection.execute(update(_cells).values(current=False))
-            known = set(connection.scalars(select(_cells.c.id)))
-            fresh = []
-            for position, task in enumerate(tasks):
-                if task.identity in known:
-                    here = _cells.c.id == task.identity
-                    connection.execute(update(_cells).where(here).values(current=True, position=position))
-                else:
-                    fresh.append(_row(task, position))
-            if fresh:
-                connection.execute(_cells.insert(), fresh)
+            if tasks:
+                _insert_new(connection, _cells, [_row(task, n) for n, task in enumerate(tasks)])
+                places = [{"cell": task.identity, "place": n} for n, task in enumerate(tasks)]
+                connection.execute(place, places)
 
-    def recover(self) -> int:
-        """Give back the cells of processes that are no more; says how many."""
+    def renew(self, owner: str, seconds: float) -> None:
+        """Make an owner's lease good for so many seconds from now."""
+        mine = _leases.c.owner == owner
         with self._begin() as connection:
-            owners = connection.scalars(select(_cells.c.owner).where(_cells.c.state == "running").distinct())
-            dead = [owner for owner in owners if owner is None or not alive(owner)]
-            return sum(self._plan_again(connection, _cells.c.owner == owner) for owner in dead)
+            _insert_new(connection, _leases, [{"owner": owner, "until": 0.0, "seconds": seconds}])
+            connection.execute(update(_leases).where(mine).values(until=self._now + seconds, seconds=seconds))
+
+    def others(self, owner: str) -> dict[str, float]:
+        """Who else runs cells of the current plan, and until when their leases are good."""
+        with self._begin() as connection:
+            rows = connection.execute(
+                select(_leases.c.owner, _leases.c.until)
+                .join(_cells, _cells.c.owner == _leases.c.owner)
+                .where((_cells.c.state == "running") & _cells.c.current & (_cells.c.owner != owner))
+                .distinct()
+            )
+            return {str(row.owner): float(row.until) for row in rows}
+
+    def recover(self, owner: str = "") -> int:
+        """Plan the cells again whose owner's lease has run out, this one's excepted; says how many."""
+        left = _leases.c.until - self._now
+        # A lease that is good for longer than leases are was given by a clock that was wrong.
+        good = (left > 0) & (left <= 2 * _leases.c.seconds)
+        held = select(_leases.c.owner).where((_leases.c.owner == _cells.c.owner) & good).exists()
+        lost = _cells.c.owner.is_(None) | ((_cells.c.owner != owner) & ~held)
+        with self._begin() as connection:
+            return _plan_again(connection, (_cells.c.state == "running") & lost)
 
     def release(self, owner: str) -> int:
-        """Give back the running cells of an owner; says how many."""
+        """Plan the running cells of an owner again, and end its lease; says how many."""
         with self._begin() as connection:
-            return self._plan_again(connection, _cells.c.owner == owner)
+            connection.execute(delete(_leases).where(_leases.c.owner == owner))
+            return _plan_again(connection, (_cells.c.state == "running") & (_cells.c.owner == owner))
 
     def retry_failed(self) -> int:
-        """Plan the failed cells again; says how many."""
+        """Plan the failed cells again, and those that took longer than the run allowed; says how many."""
+        timed_out = (_cells.c.state == "out_of_budget") & _cells.c.record.contains(f'"reason":"{TIMEOUT}')
         with self._begin() as connection:
-            here = (_cells.c.state == "failed") & _cells.c.current
-            return connection.execute(
-                update(_cells).where(here).values(state="planned", record=None, owner=None)
-            ).rowcount
-
-    @staticmethod
-    def _plan_again(connection: Connection, where: Any) -> int:
-        here = (_cells.c.state == "running") & where
-        return connection.execute(update(_cells).where(here).values(state="planned", owner=None)).rowcount
+            return _plan_again(connection, _cells.c.current & ((_cells.c.state == "failed") | timed_out))
 
     def claim(self, identity: str, owner: str) -> bool:
         """Take a planned cell, in one atomic step; False where somebody else was first."""
@@ -207,74 +239,62 @@ class Store:
         """State of every cell of the current plan, by identity, in the plan's order."""
         with self._begin() as connection:
             rows = connection.execute(
-                select(_cells.c.id, _cells.c.state).where(_cells.c.current).order_by(_cells.c.position)
-            )
-            return {row.id: row.state for row in rows}
+                select(_cells.c.id, _cells.c.state, _cells.c.record.is_(None).label("bare"))
+                .where(_cells.c.current)
+                .order_by(_cells.c.position)
+            ).all()
+        for row in rows:
+            if row.state not in _STATES or bool(row.bare) != (row.state in ("planned", "running")):
+                raise StoreError(
+                    f"{self._shown} is damaged: cell {str(row.id)[:12]} is {row.state!r} "
+                    f"{'without' if row.bare else 'with'} a record; restore a copy, or start a run in "
+                    "another folder"
+                )
+        return {row.id: row.state for row in rows}
+
+    def planned(self) -> int:
+        """Cells of the current plan that nobody has taken."""
+        with self._begin() as connection:
+            free = select(func.count()).where(_cells.c.current & (_cells.c.state == "planned"))
+            return int(connection.scalar(free) or 0)
+
+    def kept(self) -> int:
+        """Finished cells that are not of the current plan."""
+        with self._begin() as connection:
+            others = select(func.count()).where(~_cells.c.current & _cells.c.record.is_not(None))
+            return int(connection.scalar(others) or 0)
 
     def records(self) -> list[Record]:
         """Records of the finished cells of the current plan, in its order."""
         with self._begin() as connection:
-            texts = connection.scalars(
-                select(_cells.c.record)
+            rows = connection.execute(
+                select(_cells.c.id, _cells.c.state, _cells.c.record)
                 .where(_cells.c.current & _cells.c.record.is_not(None))
                 .order_by(_cells.c.position)
             ).all()
         try:
-            return [Record.model_validate_json(text) for text in texts]
-        except ValidationError as error:
-            raise StoreError(
-                f"{self._shown} holds a record that this deepenc cannot read ({error.error_count()} "
-                "problems); was it altered, or written by another version? Start a run in another folder"
-            ) from error
+            records = [Record.model_validate_json(row.record) for row in rows]
+        except (ValidationError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise self._unreadable() from error
+        if any(
+            (record.cell, record.state) != (row.id, row.state)
+            for record, row in zip(records, rows, strict=True)
+        ):
+            raise self._unreadable()
+        return records
+
+    def _unreadable(self) -> StoreError:
+        return StoreError(
+            f"{self._shown} holds a record that this deepenc cannot read; was it altered, or written by "
+            "another version? Start a run in another folder"
+        )
 
 
-def _engine(target: str, create: bool) -> Engine:
-    if "://" in target:
-        try:
-            return create_engine(target)
-        except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise StoreError(
-                f"cannot use the database URL ({error}); expected sqlite:///FILE, or "
-                "postgresql+psycopg://USER@HOST/NAME with its driver installed"
-            ) from error
-    path = Path(target)
-    if not path.exists():
-        if not create:
-            raise StoreError(f"no run at {path}; start one with `deepenc run`, or give its folder")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"cannot make the folder {path.parent}: {error.strerror}; choose a writable one"
-            ) from error
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
-
-    @event.listens_for(engine, "connect")
-    def _settings(connection: Any, _: Any) -> None:
-        # The driver must not begin by itself, so that reading and writing are one transaction below.
-        connection.isolation_level = None
-        connection.execute("PRAGMA synchronous=FULL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _explain(error: SQLAlchemyError) -> str:
-    cause = str(error.orig) if isinstance(error, DatabaseError) and error.orig else str(error)
-    remedies = {
-        "not a database": "the file is not a database; was it overwritten? Choose another folder",
-        "malformed": "the database is damaged; restore a copy, or start a run in another folder",
-        "full": "the disk is full; free some space and run again: finished cells are kept",
-        "disk I/O error": "the disk cannot be written; free some space or choose another folder",
-        "readonly": "the folder or the file cannot be written; change its permissions or choose another",
-        "unable to open": "the file cannot be opened or made; is the folder there, and writable?",
-        "locked": "another process has kept the database locked for a minute; end it and run again",
-    }
-    remedy = next((text for sign, text in remedies.items() if sign in cause), "check that it can be reached")
-    return f"{remedy} ({cause})"
+def _make_tables(engine: Engine) -> None:
+    try:
+        _tables.create_all(engine)
+    except (ProgrammingError, IntegrityError):  # another run made them at the same moment
+        _tables.create_all(engine)
 
 
 def _row(task: Task, position: int) -> dict[str, Any]:
@@ -293,11 +313,17 @@ def _row(task: Task, position: int) -> dict[str, Any]:
     }
 
 
-def _read(connection: Connection, name: str) -> str | None:
-    return connection.scalar(select(_meta.c.value).where(_meta.c.name == name))
+def _put(connection: Connection, name: str, value: str) -> None:
+    _insert_new(connection, _meta, [{"name": name, "value": value}])
+    connection.execute(update(_meta).where(_meta.c.name == name).values(value=value))
 
 
-def _write(connection: Connection, name: str, value: str) -> None:
-    changed = connection.execute(update(_meta).where(_meta.c.name == name).values(value=value))
-    if changed.rowcount == 0:
-        connection.execute(_meta.insert().values(name=name, value=value))
+def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert the rows whose key is not there yet."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    connection.execute(insert(table).on_conflict_do_nothing(), rows)
+
+
+def _plan_again(connection: Connection, where: ColumnElement[bool]) -> int:
+    anew = update(_cells).where(where).values(state="planned", record=None, owner=None)
+    return connection.execute(anew).rowcount

@@ -1,12 +1,10 @@
-"""Fights cells one at a time, and keeps at hand what neighbouring cells share; here or in a process."""
+"""Runs cells one at a time, and keeps at hand what neighbouring cells share."""
 
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from deepenc.arena.build import Encryption, Subject
@@ -14,9 +12,10 @@ from deepenc.arena.case import Attack
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.duel import duel
 from deepenc.arena.plan import Cell, Task
+from deepenc.arena.reasons import explain
 from deepenc.arena.record import Record
 from deepenc.errors import DeepencError
-from deepenc.processes import settle
+from deepenc.processes.child import Handler, Tell, prepare
 from deepenc.victims.victim import Victim, VictimSource
 
 
@@ -68,16 +67,28 @@ class Workspace:
             self.encryptions += 1
         return self._latest[1]
 
-    def fight(self, task: Task) -> Record:
-        """Fight the duel of a cell.
+    def run(self, task: Task, begun: Callable[[], object] = lambda: None, *, tested: bool = False) -> Record:
+        """Run the duel of a cell.
+
+        Args:
+            task: Which.
+            begun: Called when the time of the attack begins, and again when that of its self-test does.
+            tested: Leave the self-test out.
 
         Raises:
             DeepencError: The victim cannot be loaded, or has no site; nothing the attack does raises.
         """
+
+        def encryption() -> Encryption:
+            made = self.encryption(task.cell, task.secret)
+            begun()
+            return made
+
         self.subject(task.cell.victim)
-        record = duel(task, lambda: self.encryption(task.cell, task.secret))
-        if record.state != "done":
+        record = duel(task, encryption)
+        if tested or record.state != "done":
             return record
+        begun()
         return record.model_copy(update={"unreliable": self._fault(task.cell.entry.attack)})
 
     def _fault(self, attack: Attack) -> str | None:
@@ -89,35 +100,56 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a worker sends back: a record, or the error that no cell can be blamed for."""
+class Job:
+    """What a worker is sent.
 
-    record: Record | None
-    error: DeepencError | None
+    Attributes:
+        task: The cell.
+        tested: Whether it is known already how the attack does in its self-test.
+    """
+
+    task: Task
+    tested: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker sends back.
+
+    Attributes:
+        record: Of the cell.
+        encryptions: Encryptions made for it.
+    """
+
+    record: Record
     encryptions: int
 
 
-def serve(connection: Connection, cache: Path, plugin_files: Sequence[Path], threads: int) -> None:
-    """Body of a worker process: takes pickled tasks until the connection ends.
+@dataclass(frozen=True)
+class Setup:
+    """Makes a process ready to run cells.
 
-    Args:
-        connection: To the coordinator.
+    Attributes:
         cache: Folder of the victims.
-        plugin_files: Loaded first, so that tasks can name their plugins.
-        threads: For torch.
+        plugin_files: Loaded first, so that cells can name their plugins.
     """
-    settle(threads, plugin_files)
-    workspace = Workspace(cache)
-    while True:
-        try:
-            task: Task = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        try:
-            outcome = Outcome(workspace.fight(task), None, workspace.encryptions)
-        except DeepencError as error:
-            outcome = Outcome(None, error, workspace.encryptions)
-        try:
-            connection.send(outcome)
-        except OSError:
-            return
+
+    cache: Path
+    plugin_files: tuple[Path, ...]
+
+    def __call__(self) -> Handler:
+        """Called once in each process; gives what runs a cell."""
+        prepare(self.plugin_files)
+        workspace = Workspace(self.cache)
+
+        def handle(job: Job, tell: Tell) -> Outcome:
+            before = workspace.encryptions
+            try:
+                record = workspace.run(job.task, lambda: tell(None), tested=job.tested)
+            except DeepencError:  # of the victim: it concerns all its cells
+                raise
+            except BaseException as error:  # a plugin may exit; no Ctrl-C reaches a worker
+                record = job.task.record(state="failed", reason=explain(error))
+            return Outcome(record, workspace.encryptions - before)
+
+        return handle

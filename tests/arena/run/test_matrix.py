@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 from deepenc.arena.checks.tiny import TinySource, host_defense
-from deepenc.arena.plan import Experiment, Task, plan
-from deepenc.arena.run import pool
+from deepenc.arena.plan import Experiment, plan
 from deepenc.arena.run.matrix import DATABASE, run
-from deepenc.arena.run.pool import Silent
+from deepenc.arena.run.progress import Progress
 from deepenc.arena.run.store import Store
 from deepenc.errors import ConfigError
 from deepenc.plugins import load_file
-from deepenc.seeds import Roots
 
 PLUGIN = '''
 import os, signal, time
@@ -69,12 +67,14 @@ from deepenc.arena.checks.tiny import TinySource
 from deepenc.plugins import load_file
 import json
 
+LEASE = 3.0
+
 def main():
     folder, plugin, workers, fields = sys.argv[1:]
     load_file(plugin)
     experiment = Experiment(victims=(TinySource(),), defenses=(host_defense(),), **json.loads(fields))
     try:
-        run(experiment, folder, cache=folder, workers=int(workers), plugin_files=[plugin])
+        run(experiment, folder, cache=folder, workers=int(workers), plugin_files=[plugin], lease=LEASE)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -119,7 +119,7 @@ def experiment(**more):
 
 
 def fight(folder, **more):
-    options = {key: more.pop(key) for key in ("workers", "plugin_files", "retry_failed") if key in more}
+    options = {key: more.pop(key) for key in ("workers", "retry_failed", "timeout", "lease") if key in more}
     return run(experiment(**more), folder, cache=folder, **options)
 
 
@@ -136,7 +136,7 @@ def comparable(folder):
     return [record.model_copy(update={"cost": None, "provenance": None}) for record in records(folder)]
 
 
-class Watcher:
+class Watcher(Progress):
     def __init__(self, interrupt_after=None):
         self.calls, self.interrupt_after = [], interrupt_after
 
@@ -156,13 +156,13 @@ def test_all_cells_are_fought_once_and_told(tmp_path, log):
     watcher = Watcher()
     summary = run(experiment(), tmp_path, cache=tmp_path, progress=watcher)
     # Null defense: null and scratch; the other: counting and null; two keys each.
-    assert (summary.fought, dict(summary.states), summary.encryptions) == (8, {"done": 8}, 4)
+    assert (summary.run, dict(summary.states), summary.encryptions) == (8, {"done": 8}, 4)
     assert watcher.calls[0] == ("planned", 8, 0)
     assert [c[0] for c in watcher.calls[1:]] == ["started", "finished"] * 8
     assert len(records(tmp_path)) == 8
     assert set(count(log, "end").values()) == {1}
     again = fight(tmp_path)
-    assert (again.fought, again.encryptions) == (0, 0)
+    assert (again.run, again.encryptions) == (0, 0)
     assert sum(count(log, "start").values()) == 2
 
 
@@ -178,17 +178,17 @@ def test_plan_has_references_once(plugin):
 def test_a_changed_experiment_keeps_what_still_matches(tmp_path, log):
     fight(tmp_path)
     more = fight(tmp_path, keys=3)
-    assert (more.fought, sum(more.states.values())) == (4, 12)
+    assert (more.run, sum(more.states.values())) == (4, 12)
     fewer = fight(tmp_path, keys=1)
-    assert (fewer.fought, dict(fewer.states)) == (0, {"done": 4})
+    assert (fewer.run, dict(fewer.states)) == (0, {"done": 4})
     assert len(records(tmp_path)) == 4
     other = fight(tmp_path, keys=1, counting={"pause": 0.001})
-    assert other.fought == 1
+    assert other.run == 1
 
 
 def test_each_run_without_a_seed_draws_its_own_keys(tmp_path, log):
     fight(tmp_path / "a", seed=None)
-    assert fight(tmp_path / "a", seed=None).fought == 0
+    assert fight(tmp_path / "a", seed=None).run == 0
     fight(tmp_path / "b", seed=None)
     assert {r.cell for r in records(tmp_path / "a")}.isdisjoint(r.cell for r in records(tmp_path / "b"))
     with Store(tmp_path / "a" / DATABASE) as store:
@@ -202,7 +202,7 @@ def test_failed_cells_have_a_traceback_and_are_retried_on_demand(tmp_path, log, 
     reasons = [r.reason for r in records(tmp_path) if r.state == "failed"]
     assert all("planted failure" in reason and "Traceback" in reason for reason in reasons)
     monkeypatch.setenv("COUNTING_FAILS", "0")
-    assert fight(tmp_path, counting={"fail": True}).fought == 0
+    assert fight(tmp_path, counting={"fail": True}).run == 0
     assert dict(fight(tmp_path, counting={"fail": True}, retry_failed=True).states) == {"done": 8}
 
 
@@ -211,7 +211,7 @@ def test_an_interrupt_gives_running_cells_back(tmp_path, log):
         run(experiment(), tmp_path, cache=tmp_path, progress=Watcher(interrupt_after=4))
     with Store(tmp_path / DATABASE) as store:
         assert Counter(store.states().values()) == {"planned": 6, "done": 2}
-    assert fight(tmp_path).fought == 6
+    assert fight(tmp_path).run == 6
 
 
 def test_workers_below_one(tmp_path):
@@ -222,51 +222,11 @@ def test_workers_below_one(tmp_path):
 def test_two_workers_find_what_one_finds_though_one_dies(tmp_path, log, plugin):
     mark = tmp_path / "killed"
     attacks = [{"name": "counting", "kill_once": str(mark)}, *REFERENCES]
-    summary = fight(tmp_path / "two", workers=2, plugin_files=[plugin], attacks=attacks, keys=1)
+    summary = fight(tmp_path / "two", workers=2, attacks=attacks, keys=1)
     assert mark.exists()
     assert dict(summary.states) == {"done": 4}
     fight(tmp_path / "one", attacks=attacks, keys=1)
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
-
-
-class DyingWorker:
-    """A worker process that dies of every cell it is given."""
-
-    def __init__(self):
-        self.queue, self.task, self.encryptions = [], None, 0
-
-    def send(self, task):
-        assert self.task is task
-
-    def receive(self):
-        return None
-
-    def death(self):
-        return "SIGKILL; out of memory?"
-
-
-class DyingPool:
-    def __init__(self):
-        self.workers, self.replaced = [DyingWorker(), DyingWorker()], 0
-
-    def replace(self, worker):
-        self.replaced += 1
-        self.workers.remove(worker)
-        self.workers.append(DyingWorker())
-        return self.workers[-1]
-
-
-def test_what_kills_two_workers_has_failed_and_the_run_goes_on(tmp_path, plugin, monkeypatch):
-    monkeypatch.setattr(pool, "ready", lambda workers: [w for w in workers if w.task is not None])
-    tasks = [Task.of(cell, "f", Roots.of(bytes(32)), None, "cpu") for cell in plan(experiment())]
-    workers = DyingPool()
-    with Store(tmp_path / DATABASE) as store:
-        store.sync(tasks, {})
-        groups = [tasks[:4], tasks[4:6], tasks[6:]]
-        fought, _ = pool._Coordinator(groups, store, "me", Silent(), workers).run()
-        assert (fought, set(store.states().values())) == (8, {"failed"})
-        assert all("died 2 times (SIGKILL; out of memory?)" in r.reason for r in store.records())
-    assert workers.replaced == 16
 
 
 def start(folder, plugin, workers, log, **more):
@@ -304,7 +264,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path, log, plugin):
     assert before["done"] >= 1 and before["planned"] >= 1 and before["running"] >= 1
     summary = fight(tmp_path, **slow)
     assert dict(summary.states) == {"done": 24}
-    assert summary.fought == 24 - len(finished)
+    assert summary.run == 24 - len(finished)
     # Only the duels that were under way, one a worker, can have been started twice.
     starts = count(log, "start")
     assert len(starts) == 6

@@ -3,15 +3,12 @@
 import os
 import sqlite3
 import stat
-import subprocess
-import sys
 
 import pytest
 
 from deepenc.arena.checks.tiny import TinySource, host_defense
 from deepenc.arena.plan import Cell, Entry, Task
-from deepenc.arena.record import Record
-from deepenc.arena.run.leases import alive, new_owner, retire
+from deepenc.arena.record import Accuracy, Record
 from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat
 from deepenc.errors import StoreError
@@ -75,29 +72,10 @@ def test_failed_cells_are_planned_again_on_demand(store):
     assert store.claim(task.identity, "a")
 
 
-def test_cells_of_dead_processes_are_given_back(store):
-    code = "from deepenc.arena.run.leases import new_owner; print(new_owner())"
-    dead = subprocess.check_output([sys.executable, "-c", code], text=True).strip()
-    mine, other = new_owner(), tasks(3)
-    for task, owner in zip(other, (dead, mine, "elsewhere|1|2|3"), strict=True):
-        assert store.claim(task.identity, owner)
-    assert not alive(dead)
-    assert store.recover() == 1
-    assert list(store.states().values()) == ["planned", "running", "running"]
-    retire(mine)
-    assert store.recover() == 1
-    assert store.release("elsewhere|1|2|3") == 1
-
-
-def test_a_reused_process_number_is_another_process():
-    host, _, _, mark = new_owner().split("|")
-    assert not alive("|".join([host, str(os.getppid()), "12345", mark]))
-
-
 def test_a_newer_database(tmp_path):
     path = tmp_path / "run.sqlite"
     with Store(path) as store:
-        store.put("schema", "2")
+        store.put("schema", "3")
     with pytest.raises(StoreError, match=r"newer.*upgrade"):
         Store(path)
 
@@ -154,10 +132,76 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
         assert list(store.states().values()) == ["running"]
 
 
-@pytest.mark.parametrize("url", ["nosuch://x", "://"])
+@pytest.mark.parametrize("url", ["nosuch://x", "://", "sqlite://x:y", "mssql+pyodbc://x/y"])
 def test_a_url_that_cannot_be_used(url):
     with pytest.raises(StoreError, match="expected sqlite"):
         Store(url)
+
+
+@pytest.mark.parametrize("name", ["50%", "a%20b", "what?", "a#b", "a b", "ä&mode=ro", "file:x", "a;b"])
+def test_every_folder_has_a_database_of_its_own(tmp_path, name):
+    with Store(tmp_path / name / "run.sqlite") as store:
+        store.put("who", name)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.sqlite")] == [f"{name}/run.sqlite"]
+    with Store(tmp_path / "a b" / "run.sqlite") as store:
+        assert store.get("who") == (name if name == "a b" else None)
+
+
+def test_the_root_of_all_keys_is_for_its_owner_only(tmp_path):
+    with Store(tmp_path / "run.sqlite") as store:
+        roots = store.roots()
+    assert stat.S_IMODE((tmp_path / "run.sqlite").stat().st_mode) == 0o600
+    with Store(tmp_path / "run.sqlite") as store:
+        assert store.roots() == roots
+    assert repr(tasks(1)[0].secret) not in repr(tasks(1)[0])
+
+
+DAMAGES = {
+    "root": "update meta set value = 'zz' where name = 'root'",
+    "root is a number": "update meta set value = 5 where name = 'root'",
+    "schema": "update meta set value = '²' where name = 'schema'",
+    "experiment": "update meta set value = '[1' where name = 'experiment'",
+    "state": "update cells set state = 'won' where position = 0",
+    "done without a record": "update cells set record = null where position = 0",
+    "planned with a record": "update cells set state = 'planned' where position = 0",
+    "another cell's record": "update cells set record = replace(record, id, 'x') where position = 0",
+    "another state's record": "update cells set state = 'failed' where position = 0",
+    "a record that is a blob": "update cells set record = x'ff00' where position = 0",
+    "a record that is a number": "update cells set record = 7 where position = 0",
+    "more right than judged": "update cells set record = replace(record, '\"correct\":3', '\"correct\":9')",
+    "a huge number": "update cells set record = replace(record, '\"images\":5', '\"images\":1' || :zeros)",
+    "text that is not UTF-8": "update cells set state = cast(x'ff' as text) where position = 0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_database_is_told(tmp_path, damage):
+    path, task = tmp_path / "run.sqlite", tasks(1)[0]
+    with Store(path) as store:
+        store.roots()
+        store.sync([task], {"name": "x"})
+        store.claim(task.identity, "a")
+        accuracy = Accuracy(correct=3, images=5)
+        store.finish(task.record(state="done", accuracy=accuracy), "a")
+    with sqlite3.connect(path) as connection:
+        assert connection.execute(DAMAGES[damage], {"zeros": "0" * 999}).rowcount == 1
+    connection.close()
+    with pytest.raises(StoreError), Store(path) as store:
+        store.roots(), store.experiment(), store.states(), store.records()
+
+
+@pytest.mark.parametrize("owner", ["null", "'x'", "5", "x'00ff'", "'host|abc|1|2'"])
+def test_a_cell_whose_owner_makes_no_sense_is_taken_over(store, tmp_path, owner):
+    with sqlite3.connect(tmp_path / "run.sqlite") as connection:
+        connection.execute(f"update cells set state = 'running', owner = {owner} where position = 0")
+    connection.close()
+    assert store.recover() == 1
+    assert set(store.states().values()) == {"planned"}
+
+
+def test_a_name_that_no_database_takes(store):
+    with pytest.raises(StoreError):
+        store.put("name", "\ud800")
 
 
 def test_a_record_of_another_version(store, tmp_path):
@@ -178,3 +222,12 @@ def test_records_come_back_equal(store):
     store.finish(record, "a")
     assert store.records() == [record]
     assert isinstance(store.records()[0], Record)
+
+
+def test_a_reason_of_any_kind_is_stored(store):
+    task = tasks(1)[0]
+    store.claim(task.identity, "a")
+    record = task.record(state="failed", reason="cannot read \udcff\0" + "x" * 10**6)
+    assert store.finish(record, "a")
+    assert store.records() == [record]
+    assert record.reason.startswith("cannot read \\udcff\\x00") and len(record.reason) <= 20_000
