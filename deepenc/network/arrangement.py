@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.errors import SiteError
-from deepenc.network.proving.probe import Expected, same
+from deepenc.network.guard import guarded
+from deepenc.network.proving.reference import Expected, pristine, reference
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.structure import State, named_tensors, replace_tensors
 from deepenc.network.surgery import narrow
@@ -131,15 +132,20 @@ def proved(model: nn.Module, example: Any, sites: Sequence[Site], wanted: Arrang
         sites: Its sites.
         wanted: The arrangement.
     """
+    with guarded(model):
+        return _proved(model, example, sites, wanted)
+
+
+def _proved(model: nn.Module, example: Any, sites: Sequence[Site], wanted: Arrangement) -> Arrangement:
     tensors = named_tensors(model)
-    expected = Expected.of(model, example)
+    expected = reference(model, example)
 
     def right(part: Arrangement) -> bool:
         changed = part.apply(tensors, sites)
         back = part.undo(changed, sites)
         if not all(torch.equal(back[name], tensors[name]) for name in changed):
             return False
-        return same(Expected.of(replace_tensors(model, changed), example).outputs, expected.outputs)
+        return expected.agrees(Expected.of(pristine(replace_tensors(model, changed)), example).outputs)
 
     if right(wanted):
         return wanted

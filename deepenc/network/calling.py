@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from deepenc.errors import TraceError, near
-from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.guard import foreign, seeded
+from deepenc.network.structure import fresh_tensors, named_tensors, replace_tensors
+from deepenc.network.tracing.dry import DryRun
 
 
 class Arguments(NamedTuple):
@@ -39,6 +41,13 @@ def to_device(example: Any, device: torch.device | str) -> Any:
     return tree_map(move, example)
 
 
+def fresh(example: Any) -> Any:
+    """The example with clones of its tensors, which a network may write to."""
+    leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    clones = {id(leaf): leaf.detach().clone() for leaf in leaves}
+    return copy.deepcopy(example, clones)  # a tensor given twice stays one: some networks ask whether it is
+
+
 def call(model: nn.Module, example: Any) -> Any:
     """Run a network on an example: a tensor, a tuple of arguments, a dict of keyword arguments, or both."""
     if isinstance(example, Arguments):
@@ -60,8 +69,9 @@ def arguments_of(model: nn.Module, example: Any, path: str) -> tuple[nn.Module, 
     except AttributeError:
         known = [name for name, _ in model.named_modules() if name]
         raise TraceError(f"{type(model).__name__} has no submodule {path!r}: {near(path, known)}") from None
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    seen = arguments_seen(replace_tensors(model, named_tensors(model) | buffers).eval(), example, [path])
+    with foreign(f"{type(model).__name__} cannot be copied", "give it a __deepcopy__ that copies all of it"):
+        copied = replace_tensors(model, fresh_tensors(named_tensors(model)))
+    seen = arguments_seen(copied, example, [path])
     if not seen[path]:
         raise TraceError(f"{type(model).__name__} does not call {path!r} on the example; give another scope")
     return part, seen[path][0]
@@ -74,25 +84,24 @@ def arguments_seen(model: nn.Module, example: Any, paths: Iterable[str]) -> dict
         TraceError: The network does not run on the example.
     """
     seen: dict[str, list[Arguments]] = {path: [] for path in paths}
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, kwargs, path=path: seen[path].append(Arguments(args, kwargs).fresh()),
+    with (
+        removed(list(recording(model, seen))),
+        foreign(f"{type(model).__name__} does not run on the example"),
+    ):
+        model.eval()
+        seeded()
+        with torch.no_grad(), DryRun():
+            call(model, fresh(example))
+    return seen
+
+
+def recording(model: nn.Module, seen: dict[str, list[Arguments]]) -> Iterator[RemovableHandle]:
+    """Hooks that collect what submodules are given, by path."""
+    for path, runs in seen.items():
+        yield model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, kwargs, runs=runs: runs.append(fresh(Arguments(args, kwargs))),
             with_kwargs=True,
         )
-        for path in seen
-    ]
-    try:
-        with torch.no_grad():
-            call(model, example)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} does not run on the example: {type(error).__name__}: "
-            f"{first_line(error)}; give an example input that the network accepts"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
 
 
 @contextmanager
@@ -103,8 +112,3 @@ def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -13,10 +13,12 @@ from torch import nn
 
 from deepenc.errors import SiteError
 from deepenc.network.calling import arguments_of
+from deepenc.network.guard import foreign, guarded
 from deepenc.network.proving.proof import prove
 from deepenc.network.sites import Role, Site, Slot
+from deepenc.network.tracing.admit import admit_kind
 from deepenc.network.tracing.axes import Channels, Owner
-from deepenc.network.tracing.tracer import trace
+from deepenc.network.tracing.tracer import Traced, trace
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,20 @@ def find_sites(model: nn.Module, example: Any, *, streams: bool = False, scope: 
 
 def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str = "") -> Analysis:
     """Like `find_sites`, but explains what was left out instead of raising on an empty list."""
-    if scope:
-        part, inputs = arguments_of(model, example, scope)
-        return _outside(analyse(part, inputs, streams=streams), scope)
-    channels = trace(model, example)
+    admit_kind(model)
+    with guarded(model):
+        if scope:
+            part, inputs = arguments_of(model, example, scope)
+            return _outside(analyse(part, inputs, streams=streams), scope)
+        return _analyse(model, example, streams)
+
+
+def _analyse(model: nn.Module, example: Any, streams: bool) -> Analysis:
+    traced = trace(model, example)
+    channels = traced.channels
     candidates, left_out = _candidates(channels)
-    persistent = model.state_dict().keys()
+    with foreign(f"{type(model).__name__} cannot be saved", "mend its state_dict"):
+        persistent = model.state_dict().keys()
     candidates = tuple(
         replace(
             site,
@@ -96,9 +106,11 @@ def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.dim() > 1}
     unfollowed = channels.unfollowed().items()
     left_out += [LeftOut(name, shapes[name][0], why) for name, why in unfollowed if name in shapes]
-    proved, refuted = prove(model, example, candidates)
+    readers = {site.name: reader for site in candidates if (reader := _idle_reader(model, traced, site))}
+    proved, refuted = prove(model, example, [s for s in candidates if s.name not in readers], traced)
     for site, reason in [
         *((site, "it belongs to a residual stream (pass streams=True)") for site in unwanted),
+        *((s, readers[s.name]) for s in candidates if s.name in readers),
         *((site, f"a probe insertion failed: {reason}") for site, reason in refuted),
     ]:
         made = [slot for slot in site.slots if slot.role is Role.INCOMING]
@@ -107,6 +119,26 @@ def analyse(model: nn.Module, example: Any, *, streams: bool = False, scope: str
             sizes[slot.tensor] += site.width * slot.block
         left_out += [LeftOut(layer, size, reason) for layer, size in sizes.items()]
     return Analysis(tuple(proved), tuple(left_out))
+
+
+def _idle_reader(model: nn.Module, traced: Traced, site: Site) -> str | None:
+    """Why another input may break a site: values decide what runs, and a layer that did not run fits it."""
+    if not traced.decided:
+        return None
+    sizes = {
+        owner.size
+        for owner in traced.channels.owners
+        for s in site.slots
+        if s.tensor == owner.tensor and s.dim == owner.dim
+    }
+    for name in sorted(traced.idle):
+        for size in model.get_parameter(name).shape:
+            if size > 1 and (size in sizes or size % site.width == 0):
+                return (
+                    f"values decide what runs, and {name}, which did not run on the example, may read "
+                    "it; give an example on which it runs"
+                )
+    return None
 
 
 def _why_unused(parameter: nn.Parameter) -> str:

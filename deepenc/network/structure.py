@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import enum
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
-from types import FunctionType
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from deepenc.errors import SiteError
+from deepenc.errors import SiteError, TraceError
 from deepenc.network.attention import adapt
 
 State = Mapping[str, Tensor]
@@ -25,6 +27,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def fresh_tensors(tensors: State) -> dict[str, Tensor]:
+    """Clones that share no memory with the originals; tied ones stay one tensor."""
+    made: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor) if tensor.is_meta else tensor.detach().clone()
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
 def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
     """Copy a network's structure around other tensors, of any shapes; the given model is untouched.
 
@@ -34,9 +45,21 @@ def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
 
     Raises:
         SiteError: A tensor has no place in the model.
+        TraceError: A module keeps a function that would go on calling the original.
+    """
+    return copy_around(model, tensors)[0]
+
+
+def copy_around(model: nn.Module, tensors: State) -> tuple[nn.Module, dict[Tensor, str]]:
+    """What `replace_tensors` returns, and the tensors of the copy that have come apart from named ones.
+
+    Returns:
+        The copy, and its tensors that are no parameters or buffers, while those that they are copies of
+        share memory with one; each with the name of that one.
     """
     # Both names of a tied tensor map to one object, so that it stays tied.
     own = named_tensors(model)
+    _refuse_closures(model)
     if strangers := sorted(set(tensors) - set(own)):
         raise SiteError(f"tensors {strangers[:5]} have no place in {type(model).__name__}")
     memo: dict[int, object] = {}
@@ -49,10 +72,65 @@ def replace_tensors(model: nn.Module, tensors: State) -> nn.Module:
     result: nn.Module = _copy(model, memo)
     before = dict(model.named_modules())
     for path, module in result.named_modules():
+        module.training = before[path].training  # a class that copies itself may forget it
         resize(module, before[path])
-    return result
+    named = {id(tensor) for tensor in own.values()}
+    places = {tensor.untyped_storage()._cdata: name for name, tensor in own.items()}
+    copied: Any = memo.get(id(memo), ())  # what `copy.deepcopy` has copied
+    apart = {
+        cast(Tensor, memo[id(old)]): places[old.untyped_storage()._cdata]
+        for old in copied
+        if isinstance(old, Tensor) and id(old) not in named
+        if old.layout is torch.strided and old.untyped_storage()._cdata in places
+    }
+    return result, apart
 
 
+def _refuse_closures(model: nn.Module) -> None:
+    """Refuse functions that hold on to the network: no copy changes them, so that they call the original.
+
+    Bound methods, and objects that hold modules, are copied with the network.
+    """
+    own: set[int] = set()
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules", "_compiled_call_impl"):
+                continue
+            if isinstance(value, FunctionType | partial | MethodType | list | tuple | dict) and value:
+                own = own or {id(part) for part in (*model.modules(), *named_tensors(model).values())}
+                if any(id(held) in own for held in _held(value, set(), False)):
+                    raise TraceError(
+                        f"{path or 'the network'} ({type(module).__name__}) keeps in {name!r} a function "
+                        "that holds on to modules or tensors of this network, and that copies would go on "
+                        "calling; take it off, or make it a method or a module"
+                    )
+
+
+def _held(value: Any, seen: set[int], inside: bool) -> Iterator[Any]:
+    """What functions hold on to in their closures and defaults, in whatever containers they are."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY)
+        for part in (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            yield from _held(part, seen, True)
+    elif isinstance(value, dict | list | tuple | set):
+        for part in (*value.values(),) if isinstance(value, dict) else value:
+            yield from _held(part, seen, inside)
+    elif isinstance(value, partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from _held(part, seen, inside)
+    elif isinstance(value, MethodType):
+        yield from _held(value.__self__, seen, inside)
+        yield from _held(value.__func__, seen, inside)
+    elif isinstance(value, weakref.ref):
+        yield from _held(value(), seen, True)
+    elif inside:
+        yield value
+
+
+_EMPTY = CellType()
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, type, FunctionType)
 
 
@@ -68,7 +146,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         for key, part in value.items():
             made[key] = _copy(part, memo)
         return made
-    if isinstance(value, nn.Module) and _copied_by_python(type(value)):
+    if isinstance(value, nn.Module) and copied_by_python(type(value)):
         made = object.__new__(type(value))
         memo[id(value)] = made
         parts = ((name, part) for name, part in vars(value).items() if name != "_compiled_call_impl")
@@ -77,7 +155,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _copied_by_python(kind: type[nn.Module]) -> bool:
+def copied_by_python(kind: type[nn.Module]) -> bool:
     """Whether a class of modules does nothing of its own when it is copied."""
     return (
         not any(hasattr(kind, name) for name in ("__deepcopy__", "__slots__", "__getnewargs__"))

@@ -7,41 +7,74 @@ and that are multiples of the width are widened with it, and what makes the modu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
-from deepenc.network.calling import Arguments, arguments_seen
-from deepenc.network.proving.probe import Expected, probe
+from deepenc.network.calling import Arguments
+from deepenc.network.proving.probe import probe
+from deepenc.network.proving.reference import reference
 from deepenc.network.sites import Role, Setting, Site
 
 Settings = tuple[Setting, ...]
 
 
-def complete(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Site | str]:
-    """Give sites the settings that they need.
+class Completion:
+    """Gives sites of heads the settings that they need.
 
     Args:
         model: The network, in eval mode; untouched.
-        example: Its example input.
-        sites: Sites whose channels are contracted (heads).
-
-    Returns:
-        For each site, in order, the same with its settings, or why none make it neutral.
+        seen: What each home of a head was given when the network ran, once for each call.
     """
-    if not sites:
-        return []
-    homes = [_home(site) for site in sites]
-    seen = arguments_seen(model, example, homes)
-    recipes: dict[type, list[Settings]] = {}
-    return [
-        _complete(model, site, home, seen[home], recipes) for site, home in zip(sites, homes, strict=True)
-    ]
+
+    def __init__(self, model: nn.Module, seen: Mapping[str, list[Arguments]]) -> None:
+        self._model = model
+        self._seen = seen
+        self._recipes: dict[type, list[Settings]] = {}
+
+    def guess(self, site: Site) -> Site | str:
+        """The site with the settings that another of the same class needed, not probed; or as `of`."""
+        home = home_of(site)
+        if self._seen[home] and (known := self._recipes.get(type(self._model.get_submodule(home)))):
+            return _outside(site, home, known[-1])
+        return self.of(site)
+
+    def of(self, site: Site) -> Site | str:
+        """A site whose channels are contracted, with its settings, or why none make it neutral."""
+        home = home_of(site)
+        runs = self._seen[home]
+        if not runs:
+            return f"{home or 'the network'} is not called itself; its heads are left as they are"
+        module = self._model.get_submodule(home)
+        inner = replace(site, slots=tuple(replace(s, tensor=_inside(home, s.tensor)) for s in site.slots))
+        expected = [reference(module, run) for run in runs]
+
+        def refused(settings: Settings) -> str | None:
+            part = [replace(inner, settings=settings)]
+            tried = (
+                probe(module, run, part, {site.name: 1}, of) for run, of in zip(runs, expected, strict=True)
+            )
+            return next((reason for reason in tried if reason is not None), None)
+
+        known = self._recipes.setdefault(type(module), [])
+        for settings in known:
+            if refused(settings) is None:
+                return _outside(site, home, settings)
+        reasons = []
+        for settings in _proposals(module, inner):
+            reason = refused(settings)
+            if reason is None:
+                for name in dict.fromkeys(setting.name for setting in settings):
+                    fewer = tuple(setting for setting in settings if setting.name != name)
+                    settings = fewer if refused(fewer) is None else settings
+                known.append(settings)
+                return _outside(site, home, settings)
+            reasons.append(reason)
+        return f"{reasons[0]}; no number that {home or 'the network'} keeps mends it"
 
 
-def _home(site: Site) -> str:
+def home_of(site: Site) -> str:
     """Path of the innermost module that holds all tensors of the site."""
     paths = [slot.tensor.split(".")[:-1] for slot in site.slots]
     common = paths[0]
@@ -49,43 +82,6 @@ def _home(site: Site) -> str:
         agree = [a == b for a, b in zip(common, path, strict=False)]
         common = common[: agree.index(False) if False in agree else len(agree)]
     return ".".join(common)
-
-
-def _complete(
-    model: nn.Module,
-    site: Site,
-    home: str,
-    runs: list[Arguments],
-    recipes: dict[type, list[Settings]],
-) -> Site | str:
-    if not runs:
-        return f"{home or 'the network'} is not called itself; its heads are left as they are"
-    module = model.get_submodule(home)
-    inner = replace(site, slots=tuple(replace(s, tensor=_inside(home, s.tensor)) for s in site.slots))
-    expected = [Expected.of(module, run) for run in runs]
-
-    def refused(settings: Settings) -> str | None:
-        widened = [replace(inner, settings=settings)]
-        tried = (
-            probe(module, run, widened, {site.name: 1}, of) for run, of in zip(runs, expected, strict=True)
-        )
-        return next((reason for reason in tried if reason is not None), None)
-
-    known = recipes.setdefault(type(module), [])
-    for settings in known:
-        if refused(settings) is None:
-            return _outside(site, home, settings)
-    reasons = []
-    for settings in _proposals(module, inner):
-        reason = refused(settings)
-        if reason is None:
-            for name in dict.fromkeys(setting.name for setting in settings):
-                fewer = tuple(setting for setting in settings if setting.name != name)
-                settings = fewer if refused(fewer) is None else settings
-            known.append(settings)
-            return _outside(site, home, settings)
-        reasons.append(reason)
-    return f"{reasons[0]}; no number that {home or 'the network'} keeps mends it"
 
 
 def _inside(home: str, name: str) -> str:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from deepenc.errors import TraceError
-from deepenc.network.structure import named_tensors, replace_tensors
+from deepenc.network.structure import copied_by_python, named_tensors, replace_tensors
 
 # By name: importing these would cost more time than tracing takes, or need what is not installed.
 _CLASSES = {
@@ -52,9 +52,7 @@ def admit(model: Any, example: Any) -> None:
             along: scripted, compiled, wrapped, quantised, sparse, lazy, of a tensor subclass, made in
             inference mode, on several devices, or not to be copied.
     """
-    if not isinstance(model, nn.Module):
-        got = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TraceError(f"expected a network, a torch.nn.Module, got {got}; pass an instance of one")
+    admit_kind(model)
     for path, module in model.named_modules():
         _admit_module(path, module)
     tensors: dict[str, Tensor] = {}
@@ -66,6 +64,13 @@ def admit(model: Any, example: Any) -> None:
                 tensors[full] = tensor
     _admit_devices(tensors, example)
     _admit_copies(model)
+
+
+def admit_kind(model: Any) -> None:
+    """Refuse what is no network; raises TraceError."""
+    if not isinstance(model, nn.Module):
+        got = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TraceError(f"expected a network, a torch.nn.Module, got {got}; pass an instance of one")
 
 
 def _admit_module(path: str, module: nn.Module) -> None:
@@ -142,7 +147,10 @@ def _failure_to_copy(module: nn.Module) -> str | None:
     own = named_tensors(module)
     marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
     try:
-        found = named_tensors(replace_tensors(module, marks))
+        copied = replace_tensors(module, marks)
+        found = named_tensors(copied)
+    except TraceError:
+        raise
     except Exception as error:  # user code: __deepcopy__, __reduce__, __getstate__ may raise anything
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if found.keys() != own.keys():
@@ -151,6 +159,22 @@ def _failure_to_copy(module: nn.Module) -> str | None:
     for name, tensor in found.items():
         if tensor.untyped_storage()._cdata not in places:
             return f"its copy does not take another tensor for {name!r}"
+    twins = dict(copied.named_modules())
+    for path, part in module.named_modules():
+        if not copied_by_python(type(part)) and (lost := _lost(vars(part), vars(twins[path]))):
+            return f"its copy has another {lost!r} in {path}" if path else f"its copy has another {lost!r}"
+    return None
+
+
+def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The first plain attribute, or kind of hooks, that a copy does not have as it was."""
+    for name, value in before.items():
+        other = after.get(name)
+        if name.endswith("_hooks"):
+            if len(value or ()) != len(other or ()):
+                return name
+        elif isinstance(value, bool | int | float | str) and value != other:
+            return name
     return None
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepenc.network.guard import note
+
 
 class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """A dispatch mode that remembers the shapes of results."""
@@ -21,8 +23,28 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[Hashable, list[tuple[Any, Any, torch.dtype]] | None] = {}
 
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.run(op, args, kwargs or {})
+
+    def decomposed(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operator that torch composes of others, each dispatched; else NotImplemented.
+
+        Under `torch.inference_mode` such operators come as they are called.
+        """
+        if not torch.is_inference_mode_enabled():
+            return NotImplemented
+        with self:
+            return op.decompose(*args, **kwargs)
+
     def run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The results of an operator; meta tensors of the right shapes where all tensors given are such."""
+        result = self._run(op, args, kwargs)
+        note(result)
+        return result
+
+    def _run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if op._schema.is_mutable or any(result.alias_info for result in op._schema.returns):
             return op(*args, **kwargs)
         try:
