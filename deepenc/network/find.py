@@ -48,8 +48,8 @@ def find_sites(model: nn.Module, example: Any, *, streams: bool = False, scope: 
     """Find where confusion channels can be inserted into a network.
 
     Each site is proved: with random confusion channels of zero outgoing weight inserted at all sites, the
-    network's outputs on the example are the original's. (On the meta device, where there are no values, the
-    proof is that the widened network runs and gives outputs of the same shapes.)
+    network's outputs on the example are the original's. On the meta device, where there are no values, they
+    are made up: for the whole network if it is small, else for one of its parts at a time.
 
     Args:
         model: Any network, in any mode and on any one device; untouched.

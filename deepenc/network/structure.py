@@ -124,7 +124,7 @@ def _held(value: Any, seen: set[int], inside: bool) -> Iterator[Any]:
     elif isinstance(value, MethodType):
         yield from _held(value.__self__, seen, inside)
         yield from _held(value.__func__, seen, inside)
-    elif isinstance(value, weakref.ref):
+    elif isinstance(value, weakref.ref) and inside:
         yield from _held(value(), seen, True)
     elif inside:
         yield value

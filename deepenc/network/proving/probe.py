@@ -37,7 +37,7 @@ def probe(
         positions = {s.name: _scattered(s.width, counts[s.name] + more, generator) for s in sites}
         try:
             layout = Layout(sites, positions)
-            network = fit(model, shared(model) | widened(named_tensors(model), layout), layout)
+            network = _widened(model, layout)
             _fill(network, layout)
             got = Expected.of(network, example)
         except DeepencError as error:
@@ -53,6 +53,14 @@ def probe(
         if not expected.agrees(got.outputs):
             return "the outputs change though nothing leads to them"
     return None
+
+
+def _widened(model: nn.Module, layout: Layout) -> nn.Module:
+    """What `insert` returns, but around the network's own parameters where they stay as they are."""
+    own = named_tensors(model)
+    wide = widened(own, layout)
+    replaced = {id(own[name]) for name in wide}  # a tied tensor has several names, one of them in the layout
+    return fit(model, {n: t for n, t in shared(model).items() if id(own[n]) not in replaced} | wide, layout)
 
 
 def _scattered(width: int, count: int, generator: torch.Generator) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ from deepenc.network.guard import foreign, guarded
 from deepenc.network.proving.probe import probe
 from deepenc.network.proving.reference import Expected, pristine, telling
 from deepenc.network.proving.settings import Completion, home_of
+from deepenc.network.proving.values import with_values
 from deepenc.network.sites import Site
+from deepenc.network.structure import named_tensors
 from deepenc.network.tracing.tracer import Traced
 
 Refuted = list[tuple[Site, str]]
@@ -42,7 +44,18 @@ def prove(
     if not sites:
         return [], []
     with guarded(model), foreign(f"{type(model).__name__} does not run as a copy with other weights"):
-        return _Proof(model, example, traced).divide(sites)
+        proved, refuted = _Proof(model, example, traced).divide(sites)
+        if not any(tensor.is_meta for tensor in named_tensors(model).values()):
+            return proved, refuted
+        reasons = with_values(model, example, proved, _verdict)
+        refuted += [(site, reason) for site in proved if (reason := reasons[site.name]) is not None]
+        return [site for site in proved if reasons[site.name] is None], refuted
+
+
+def _verdict(model: nn.Module, example: Any, sites: Sequence[Site]) -> dict[str, str | None]:
+    with foreign(f"{type(model).__name__} does not run"):
+        _, refuted = _Proof(model, example, None).divide(sites)
+    return dict.fromkeys((site.name for site in sites), None) | {site.name: why for site, why in refuted}
 
 
 class _Proof:

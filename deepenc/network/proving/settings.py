@@ -47,7 +47,7 @@ class Completion:
         if not runs:
             return f"{home or 'the network'} is not called itself; its heads are left as they are"
         module = self._model.get_submodule(home)
-        inner = replace(site, slots=tuple(replace(s, tensor=_inside(home, s.tensor)) for s in site.slots))
+        inner = replace(site, slots=tuple(replace(s, tensor=inside(home, s.tensor)) for s in site.slots))
         expected = [reference(module, run) for run in runs]
 
         def refused(settings: Settings) -> str | None:
@@ -84,7 +84,8 @@ def home_of(site: Site) -> str:
     return ".".join(common)
 
 
-def _inside(home: str, name: str) -> str:
+def inside(home: str, name: str) -> str:
+    """A name inside a module, from its name in the whole."""
     return name[len(home) + 1 :] if home else name
 
 

@@ -16,7 +16,7 @@ from tests.network.small_networks import ROW, Layers, layers
 
 
 def tripled(x: Tensor) -> Tensor:
-    """Triples three of six channels, by a number that is written down: they are no site, but look like one."""
+    """Triples three of six channels, by a number that is written down."""
     x = x.clone()
     x[:, :3] = x[:, :3] * 3
     return x
