@@ -11,7 +11,7 @@ from torch import Tensor
 from deepenc.network.sites import Role
 from deepenc.network.tracing.axes import Axis, fold
 from deepenc.network.tracing.known import Known
-from deepenc.network.tracing.rules.registry import Result, drop, rule
+from deepenc.network.tracing.rules.registry import Result, drop, fix, rule
 
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")
@@ -97,7 +97,7 @@ def _batch_norm(
     **_: Any,
 ) -> Result:
     others = [d for d in range(x.dim()) if d != 1] if training else []
-    result = drop(known, x, others, "normalises over it")
+    result = fix(known, x, others, "normalises over it")
     roles = (Role.SCALE, Role.SHIFT, Role.MEAN, Role.VARIANCE)
     for tensor, role in zip((weight, bias, running_mean, running_var), roles, strict=True):
         if tensor is not None:
@@ -130,8 +130,8 @@ def _layer_norm(
 ) -> Result:
     for tensor in (weight, bias):
         if tensor is not None:
-            drop(known, tensor, range(tensor.dim()), "normalises over it")
-    return tuple(drop(known, x, range(-len(normalized_shape), 0), "normalises over it"))
+            fix(known, tensor, range(tensor.dim()), "normalises over it")
+    return tuple(fix(known, x, range(-len(normalized_shape), 0), "normalises over it"))
 
 
 @rule("native_group_norm")
@@ -145,8 +145,8 @@ def _group_norm(
 ) -> Result:
     for tensor in (weight, bias):
         if tensor is not None:
-            drop(known, tensor, [0], "normalises over groups of it")
-    return tuple(drop(known, x, range(1, x.dim()), "normalises over groups of it"))
+            fix(known, tensor, [0], "normalises over groups of it")
+    return tuple(fix(known, x, range(1, x.dim()), "normalises over groups of it"))
 
 
 @rule("embedding")

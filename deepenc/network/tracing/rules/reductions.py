@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deepenc.network.tracing.known import Known
-from deepenc.network.tracing.rules.registry import Result, drop, rule_of_parts
+from deepenc.network.tracing.rules.registry import Result, drop, fix, rule_of_parts
 
 
 @rule_of_parts("mean", "sum", "nansum", "prod", "amax", "amin", "aminmax", "argmax", "argmin", "any", "all")
@@ -29,8 +29,12 @@ def _reduce(
     return [tuple(axis for d, axis in enumerate(axes) if keepdim or d not in gone)] * len(outputs)
 
 
-@rule_of_parts("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
-@rule_of_parts("cummax", "cummin", "sort", "argsort", "topk")
+@rule_of_parts("_softmax", "_safe_softmax", "_log_softmax")
+def _softmax(known: Known, outputs: list[Tensor], x: Tensor, dim: int, **_: Any) -> list[Result]:
+    return [tuple(fix(known, x, [dim] if x.dim() else [], "normalises over it"))]
+
+
+@rule_of_parts("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk")
 def _along(known: Known, outputs: list[Tensor], x: Tensor, dim: int, **_: Any) -> list[Result]:
-    axes = drop(known, x, [dim] if x.dim() else [], "normalises over it")
+    axes = drop(known, x, [dim] if x.dim() else [], "sums or sorts along it")
     return [tuple(axes)] * len(outputs)

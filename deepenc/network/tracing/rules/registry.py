@@ -52,11 +52,18 @@ def unknown(known: Known, name: str, arguments: Any, outputs: list[Tensor]) -> R
     return (None,) * outputs[0].dim()
 
 
-def drop(known: Known, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
-    """The axes of a tensor, some of them fixed because the operator picks, cuts, or mixes entries."""
+def fix(known: Known, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
+    """The axes of a tensor, some of them fixed because the operator weighs entries against one another."""
     axes = list(known.value(x).axes)
     for dim in dims:
         known.axes.fix(axes[dim], f"{known.where} {why}")
+    return axes
+
+
+def drop(known: Known, x: Tensor, dims: Sequence[int], why: str) -> list[Axis]:
+    """The axes of a tensor without some, which are fixed: the operator picks, cuts, or mixes entries."""
+    axes = fix(known, x, dims, why)
+    for dim in dims:
         axes[dim] = None
     return axes
 
