@@ -436,3 +436,27 @@ def test_a_block_that_runs_several_times_has_heads() -> None:
     torch.manual_seed(0)
     (site,) = find_sites(Twice().eval(), torch.randn(2, 5, 6))
     assert site.contracted and site.width == 3
+
+
+def front(h: Tensor) -> Tensor:
+    h[:, :3].mul_(2)
+    return h
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        front,
+        lambda h: torch.cat([h[:, :3] * 2, h[:, 3:]], 1),
+        lambda h: (lambda parts: parts / (1 + parts.norm(dim=2, keepdim=True)))(h.view(2, 3, -1)).flatten(1),
+    ],
+    ids=["in place", "in two", "in three parts"],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_cut_at_a_written_number_is_no_site(use: Use, device: str) -> None:
+    """In a wider network the cut is elsewhere; without values the shapes fit all the same."""
+    torch.manual_seed(0)
+    found = analyse(Three(use).eval().to(device), ROW.to(device))
+    assert [site.name for site in found.sites] == ["second"]
+    reasons = {left.layer: left.reason for left in found.left_out}
+    assert "probe" in reasons["first.weight"]
