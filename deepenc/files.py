@@ -22,7 +22,7 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name[:60]}.{os.urandom(4).hex()}")
+    temporary = path.with_name(f"{_beside(path)}{os.urandom(4).hex()}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     try:
         os.close(handle)
@@ -33,6 +33,17 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> str:
+    return f".{path.name[:200]}."
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of a file beside it; only while no other one can be at work on it."""
+    for other in list(path.parent.iterdir()):
+        if other.name.startswith(_beside(path)):
+            other.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:

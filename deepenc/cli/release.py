@@ -115,6 +115,7 @@ def staged_key(
         try:
             held.enter_context(only_one(path))
             refuse_key(path, folder, force)
+            discard(path, folder)
             held.callback(discard, path, folder)
             save_key(key, waiting(path), passphrase, recipients=recipients)
             staged = Staged.of(path)

@@ -19,9 +19,12 @@ from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
 from deepenc.errors import CheckpointError
-from deepenc.files import only_one, read_file, sync, write_whole
+from deepenc.files import only_one, read_file, remove_leftovers, sync, write_whole
 
 _NOTE: Final = "deepenc-moves.json"
+_LATER: Final = "deepenc-moves-later.json"
+"""What the note is called when the key has its place, so that nobody asks for it again."""
+
 _MAX_FILE: Final = 2**26
 
 
@@ -168,37 +171,35 @@ def _complete(target: Path) -> bool:
     ready = _ready(target)
     if not ready.is_dir():
         return False
-    note_path = ready / _NOTE
-    note = _read_note(note_path)
-    if key := note.pop("key", None):
-        staged = Staged(Path(key[0]), key[1])
-        if not staged.path.parent.is_dir():
-            raise CheckpointError(
-                f"{ready} waits for its key to be placed at {staged.path}, whose folder is not there; bring "
-                "it back"
-            )
-        if not staged.place():  # a network without its key is worth nothing: the old ones stay
-            shutil.rmtree(ready)
-            return True
-        write_whole(note_path, json.dumps(note).encode())
+    if (ready / _NOTE).exists():
+        if key := _read_note(ready / _NOTE).get("key"):
+            staged = Staged(Path(key[0]), key[1])
+            if not staged.path.parent.is_dir():
+                raise CheckpointError(
+                    f"{ready} waits for its key to be placed at {staged.path}, whose folder is not there; "
+                    "bring it back"
+                )
+            if not staged.place():  # a network without its key is worth nothing: the old ones stay
+                shutil.rmtree(ready)
+                return True
+        os.replace(ready / _NOTE, ready / _LATER)
     if target.exists():
-        for name in note["drop"]:
-            (target / name).unlink(missing_ok=True)
+        if (ready / _LATER).exists():
+            for name in _read_note(ready / _LATER)["drop"]:
+                (target / name).unlink(missing_ok=True)
         for path in ready.iterdir():
-            if path.name != _NOTE:
+            if path.name != _LATER:
                 os.replace(path, target / path.name)
         sync(target)
         shutil.rmtree(ready)
     else:
-        note_path.unlink(missing_ok=True)
+        (ready / _LATER).unlink(missing_ok=True)
         os.replace(ready, _real(target))
     sync(ready.parent)
     return True
 
 
 def _read_note(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {"drop": []}
     try:
         note = json.loads(read_file(path, _MAX_FILE))
         key, drop = note.get("key", ["", ""]), note["drop"]
@@ -215,6 +216,7 @@ def discard(path: Path, target: Path) -> None:
     """Remove what waits beside a file, unless a folder that is whole waits for it."""
     if not _ready(target).is_dir():
         waiting(path).unlink(missing_ok=True)
+        remove_leftovers(waiting(path))
 
 
 def partial_of(target: Path) -> Path:

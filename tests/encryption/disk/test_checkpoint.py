@@ -191,7 +191,7 @@ def test_keys_and_networks_have_a_short_repr(saved: Path, small: Net) -> None:
     mark = key.fingerprint[:12]
     assert repr(key) == f"Key(2 confusion channels at 1 of 1 sites, 4.8 bits, of the network {mark})"
     assert repr(load(saved)) == (
-        f"Checkpoint(mlp encrypted with test: 8 tensors, 2 confusion channels at 1 sites, {mark})"
+        f"Checkpoint(mlp encrypted with test: 9 tensors, 2 confusion channels at 1 sites, {mark})"
     )
 
 
