@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
+from deepenc.files import write_whole
 from deepenc.victims.data.splits import checksum
 
 log = logging.getLogger(__name__)
@@ -62,14 +62,7 @@ def keep(path: Path, state: Mapping[str, Tensor]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, {"sha256": checksum(tensors)}))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, save(tensors, {"sha256": checksum(tensors)}))
 
 
 def recall(path: Path, model: nn.Module) -> dict[str, Tensor] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepenc.errors import VictimError
+from deepenc.files import whole_file
 from deepenc.victims.data.images import content, expect_file, opened
 from deepenc.victims.data.splits import Index
 from deepenc.victims.victim import Images
@@ -239,18 +239,12 @@ def _write(
     path: Path, shape: tuple[int, ...], dtype: DTypeLike, rows: Callable[[int], NDArray[np.generic]]
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    try:
-        # Written, not mapped: on a full disk that is an error, a map would kill the process.
-        with os.fdopen(handle, "wb") as file:
-            np.lib.format.write_array_header_2_0(file, header)
-            for row in range(shape[0]):
-                file.write(np.ascontiguousarray(rows(row), dtype=dtype).data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # Written, not mapped: on a full disk that is an error, a map would kill the process.
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for row in range(shape[0]):
+            file.write(np.ascontiguousarray(rows(row), dtype=dtype).data)
 
 
 def _prepared(
