@@ -99,4 +99,4 @@ class Limits:
 
 
 def _exceeded(what: str) -> str:
-    return f"the file names a network that is larger than its tensors allow: {what}; it was altered"
+    return f"the file names a network that is larger than its tensors allow: {what}; it was altered, or is of another architecture"

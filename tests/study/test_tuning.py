@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from deepenc.arena.run.pool import Silent
 
 from deepenc.arena.build import Encryption, Subject, fresh
 from deepenc.arena.run.leases import new_owner, retire
-from deepenc.arena.run.pool import Silent
 from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deepenc.encryption.cost.costs import memory
 from deepenc.encryption.disk.header import HEADER, REMEDY, Header, check_fit, read_header
+from deepenc.encryption.disk.sharded.shards import unreadable
 from deepenc.encryption.disk.staging import Staging
 from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, verify
@@ -21,6 +22,7 @@ from deepenc.encryption.tensors import names_in, shared, tensors_of
 from deepenc.errors import CheckpointError, ConfigError, SiteError
 from deepenc.files import open_file, whole_file
 from deepenc.network.factory import Factory
+from deepenc.network.limits import Limits
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout, fit, narrow
 
@@ -82,10 +84,11 @@ class Checkpoint:
                 "the folder does not say how the network's structure is made; make it yourself, and give it "
                 "to `network`, or save with `factory`"
             )
-        if self.factory.library != "python":  # sizes of a forged file take no memory before they are checked
+        limits = Limits.of(tensor.shape for tensor in self.tensors.values())
+        if self.factory.name not in allow:  # sizes of a forged file take no memory before they are checked
             with suppress(ConfigError):
-                self._check(self.factory.build("meta"))
-        return self.network(self.factory.build(allow=allow))
+                self._check(self.factory.build("meta", limits=limits))
+        return self.network(self.factory.build(allow=allow, limits=limits))
 
     def network(self, structure: nn.Module) -> nn.Module:
         """The encrypted network.
@@ -296,7 +299,7 @@ def _read(path: Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"the metadata of {path} were altered; {REMEDY}")
             return tensors | {alias: tensors[name] for alias, name in aliases.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the tensors in {path}: {error}; {REMEDY}") from error
+        raise unreadable(path, error) from error
 
 
 def _narrowed_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

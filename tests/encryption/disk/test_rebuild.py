@@ -193,7 +193,17 @@ def test_a_function_of_somebody_s_own_must_be_allowed(folder: Path, monkeypatch:
     ("factory", "message"),
     [
         ("torchvision:resnet34", "architecture"),
-        ({**NETWORKS["bert"][0], "arguments": {**TINY, "vocab_size": 10**12}}, "architecture"),
+        ({**NETWORKS["bert"][0], "arguments": {**TINY, "vocab_size": 10**12}}, "larger than its tensors"),
+        (
+            {**NETWORKS["bert"][0], "arguments": {**TINY, "num_hidden_layers": 10**6}},
+            "larger than its tensors",
+        ),
+        ({**NETWORKS["bert"][0], "arguments": {**TINY, "num_labels": 10**8}}, "larger than its tensors"),
+        ({**NETWORKS["ours"][0], "arguments": {"depth": 600_002}}, "larger than its tensors"),
+        (
+            {**NETWORKS["ours"][0], "arguments": {"depth": 8, "channels": 40_000_000}},
+            "larger than its tensors",
+        ),
         ({**NETWORKS["bert"][0], "arguments": {**TINY, "vocab_size": 21}}, "architecture"),
     ],
 )

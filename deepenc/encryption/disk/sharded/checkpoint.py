@@ -18,7 +18,7 @@ from deepenc.encryption.defense import Allocation, Defense, Original, Placement
 from deepenc.encryption.disk.checkpoint import Checkpoint
 from deepenc.encryption.disk.header import HEADER, Header, check_fit, read_header
 from deepenc.encryption.disk.sharded.partial import Partial
-from deepenc.encryption.disk.sharded.pretrained import examples_of, structure_of
+from deepenc.encryption.disk.sharded.pretrained import check_complete, examples_of, structure_of
 from deepenc.encryption.disk.sharded.rewrite import (
     Progress,
     copy_beside,
@@ -100,6 +100,7 @@ def encrypt_checkpoint(
     network, factory = structure_of(source, shards.entries())
     ties = _ties(network, shards)
     metas = _metas(shards, ties)
+    check_complete(network, metas, source)
     example = examples_of(network)[0]
     usable = tuple(sites) if sites is not None else _usable(_find(network), network, metas)
     check_sites(usable)
@@ -256,19 +257,12 @@ def _find(network: Any) -> list[Site]:
 
 def _usable(sites: Sequence[Site], network: Any, metas: Mapping[str, Tensor]) -> tuple[Site, ...]:
     """The sites whose tensors are all in the files."""
-    own = tensors_of(network)
     result = []
     for site in sites:
         names = {slot.tensor for slot in site.slots}
         if missing := sorted(names - set(metas)):
             _LOG.info("site %s is left out: %s is not in the checkpoint's files", site.name, missing[0])
             continue
-        for name in names:
-            if own[name].shape != metas[name].shape:
-                raise CheckpointError(
-                    f"tensor {name!r} is {tuple(metas[name].shape)}, by config.json it is "
-                    f"{tuple(own[name].shape)}; give the configuration of this very checkpoint"
-                )
         result.append(site)
     if not result:
         raise SiteError(

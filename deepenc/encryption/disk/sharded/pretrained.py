@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from deepenc.encryption.disk.sharded.shards import read_json
+from deepenc.encryption.disk.sharded.shards import Entry, read_json
+from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import CheckpointError
 from deepenc.network.factory import Factory
+from deepenc.network.limits import Limits
 
 CONFIG: Final = "config.json"
 
+_WRAPPERS: Final = {
+    "module.": "DataParallel",
+    "_orig_mod.": "torch.compile",
+    "state_dict.": "a training script",
+    "model.": "a training script",
+}
 _ORIGIN = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "auto_map"}
 
 
-def structure_of(folder: Path, names: Collection[str]) -> tuple[nn.Module, Factory]:
+def structure_of(folder: Path, entries: Mapping[str, Entry]) -> tuple[nn.Module, Factory]:
     """The network that a checkpoint is of, on the meta device, and how it is made again.
 
     It is the class that the configuration names or, where the names of the tensors say so, the network
@@ -27,7 +35,7 @@ def structure_of(folder: Path, names: Collection[str]) -> tuple[nn.Module, Facto
 
     Args:
         folder: With ``config.json``.
-        names: Of the checkpoint's tensors.
+        entries: The checkpoint's tensors.
 
     Raises:
         CheckpointError: There is no configuration, or the tensors are not those of its network.
@@ -42,15 +50,16 @@ def structure_of(folder: Path, names: Collection[str]) -> tuple[nn.Module, Facto
             '"architectures": ["LlamaForCausalLM"]'
         )
     arguments = {name: value for name, value in config.items() if name not in _ORIGIN}
-    first = _built(str(classes[0]), arguments)
+    limits = Limits.of(entry.shape for entry in entries.values())
+    first = _built(str(classes[0]), arguments, limits)
     inner = getattr(first, "base_model", first)
-    best = max((first, inner), key=lambda network: len(set(network.state_dict()) & set(names)))
-    if set(best.state_dict()).isdisjoint(names):
+    best = max((first, inner), key=lambda network: len(set(network.state_dict()) & set(entries)))
+    if set(best.state_dict()).isdisjoint(entries):
         raise CheckpointError(
             f"none of the tensors in {folder} is one of {classes[0]}'s, such as "
-            f"{next(iter(first.state_dict()), 'none')!r}; the checkpoint is of another network than {CONFIG}"
+            f"{next(iter(first.state_dict()), 'none')!r}; {_wrapped(entries, first.state_dict())}"
         )
-    network = first if best is first else _built(type(best).__name__, arguments)
+    network = first if best is first else _built(type(best).__name__, arguments, limits)
     factory = Factory.of_transformer(network)
     # Tracing follows the plain implementation; the widths it finds hold for the others, too.
     network.config._attn_implementation = "eager"
@@ -58,9 +67,46 @@ def structure_of(folder: Path, names: Collection[str]) -> tuple[nn.Module, Facto
     return network, factory
 
 
-def _built(name: str, arguments: dict[str, Any]) -> Any:
+def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """See that a network has the tensors of a checkpoint, no more and no fewer, so that it can be rebuilt.
+
+    Args:
+        network: From `structure_of`.
+        stored: The checkpoint's tensors under all their names, on the meta device.
+        folder: For messages.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    own = tensors_of(network)
+    for name, tensor in stored.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor {name!r} is {tuple(tensor.shape)}, by {CONFIG} it is {tuple(own[name].shape)}; give "
+                "the configuration of this very checkpoint"
+            )
+    extra, missing = sorted(stored.keys() - own.keys()), sorted(own.keys() - stored.keys())
+    if extra or missing:
+        faults = [f"has {len(extra)} tensors that it has not, such as {extra[:2]}"] if extra else []
+        faults += [f"lacks {len(missing)} of its tensors, such as {missing[:2]}"] if missing else []
+        raise CheckpointError(
+            f"{folder} is not what {CONFIG} says, a {type(network).__name__}: it {', and '.join(faults)}. "
+            "Give the configuration of this very checkpoint; if it was written by an older library, load it "
+            "with transformers and write it again with save_pretrained"
+        )
+
+
+def _wrapped(names: Collection[str], own: Collection[str]) -> str:
+    """What to do about names that fit only without what a wrapper put before them."""
+    for prefix, wrapper in _WRAPPERS.items():
+        if any(name.startswith(prefix) and name.removeprefix(prefix) in own for name in names):
+            return f"their names have the prefix {prefix!r} of {wrapper}: save the network inside it"
+    return f"the checkpoint is of another network than {CONFIG}"
+
+
+def _built(name: str, arguments: dict[str, Any], limits: Limits) -> Any:
     spec = {"library": "transformers", "name": name, "arguments": arguments}
-    return Factory.of(spec).build("meta")
+    return Factory.of(spec).build("meta", limits=limits)
 
 
 def examples_of(network: Any) -> list[dict[str, Tensor]]:

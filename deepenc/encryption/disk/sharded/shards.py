@@ -43,6 +43,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_JSON = 2**27
 _AHEAD = 2**26
+_POINTER = b"version https://git-lfs"
 _REMEDY = "restore the checkpoint from its original"
 
 
@@ -125,11 +126,19 @@ def open_shards(folder: Path) -> Shards:
         CheckpointError: A file is missing, cut or altered, the index does not agree with the files or names
             one outside the folder, or a tensor's type is unknown.
     """
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
+    single, several = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if single and several:
+        raise CheckpointError(
+            f"{folder} has both {SINGLE} and {INDEX}, which may hold other weights; remove the one that is "
+            "out of date (transformers reads the first), and the files that the second names"
+        )
+    if not several:
+        if not single:
+            others = sorted(path.name for path in folder.glob("model.*safetensors*"))
+            variant = f"; there is {others[0]}: save it without a variant, or rename it" if others else ""
             raise CheckpointError(
                 f"{folder} has neither {INDEX} nor {SINGLE}; give the folder of a checkpoint in safetensors "
-                "files, as save_pretrained writes them"
+                f"files, as save_pretrained writes them{variant}"
             )
         return Shards((_open(folder / SINGLE),), None)
     index = read_json(folder / INDEX)
@@ -191,6 +200,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that holds no tensors, which says so where it stands for another one."""
+    with suppress(OSError), open_file(path) as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return CheckpointError(
+                f"{path} is a pointer of Git LFS to the file with the tensors; fetch that: git lfs pull"
+            )
+    return CheckpointError(f"cannot read the tensors in {path}: {error}; {_REMEDY}")
+
+
 def _open(path: Path) -> Shard:
     try:
         with open_file(path) as raw:
@@ -198,8 +217,8 @@ def _open(path: Path) -> Shard:
                 metadata = file.metadata() or {}
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot read the tensors in {path}: {error}; {_REMEDY}") from error
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
     header.pop("__metadata__", None)
     entries = []
     for name, about in header.items():
@@ -207,7 +226,7 @@ def _open(path: Path) -> Shard:
         if dtype is None:
             raise CheckpointError(
                 f"{path}: tensor {name!r} is of type {about['dtype']}, expected one of {', '.join(_DTYPES)}; "
-                "give the checkpoint as it was before it was quantised"
+                "store it as one of these or, if it is quantised, give the checkpoint from before that"
             )
         entries.append(Entry(name, dtype, tuple(about["shape"]), 8 + size + about["data_offsets"][0]))
     return Shard(path, tuple(sorted(entries, key=lambda entry: entry.start)), metadata)
