@@ -99,4 +99,7 @@ class Limits:
 
 
 def _exceeded(what: str) -> str:
-    return f"the file names a network that is larger than its tensors allow: {what}; it was altered, or is of another architecture"
+    return (
+        f"the file names a network that is larger than its tensors allow: {what}; it was altered, or is of "
+        "another architecture"
+    )

@@ -181,6 +181,10 @@ def test_arguments(run: Run) -> None:
     refused(run("encrypt", "toy", "--key", "k"), "give OUT")
     refused(run("decrypt", "locked", "k"), "give OUT")
     refused(run("encrypt", "--checkpoint", "nowhere", "locked", "--key", "k"), "nowhere")
+    refused(run("encrypt", "--checkpoint", "victim", "locked", "--key", "locked/k"), "given away")
+    done(run(*ENCRYPT))
+    refused(run("decrypt", "--checkpoint", "locked", "owner.key", "locked/plain"), "given away")
+    assert not list(Path().glob(".*"))
 
 
 def test_a_key_for_recipients_starts_anew(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import deepenc
 from deepenc import plugins
 from deepenc.cli import app
 from deepenc.encryption.defense import Defense
+from deepenc.encryption.disk.header import HEADER, read_header
 from deepenc.encryption.keys.key import save_key
 from deepenc.victims.victim import Images, Victim, VictimSource
 
@@ -130,6 +131,71 @@ def test_force_does_not_delete_a_folder_of_something_else(run: Run, tmp_path: Pa
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     refused(run("encrypt", "toy", "mine", "--key", "k", "--force"), "something other")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_release_replaces_its_own_files_only(run: Run, tmp_path: Path) -> None:
+    assert run("encrypt", "toy", "stolen", "--key", "owner.key").exit_code == 0
+    (tmp_path / "stolen" / "README.md").write_text("mine")
+    (tmp_path / "notes.txt").write_text("x")
+    assert run("encrypt", "toy", "stolen", "--key", "owner.key", "--force").exit_code == 0
+    assert (tmp_path / "stolen" / "README.md").read_text() == "mine"
+    refused(run("encrypt", "toy", "notes.txt", "--key", "k", "--force"), "notes.txt is a file")
+    refused(run("encrypt", "toy", "new", "--key", "notes.txt", "--force"), "something other than a key")
+    refused(run("encrypt", "toy", "new", "--key", "stolen", "--force"), "folder")
+    refused(run("decrypt", "stolen", "owner.key", "notes.txt", "--force"), "something other than tensors")
+    (tmp_path / "mine").mkdir()
+    refused(run("decrypt", "stolen", "owner.key", "mine", "--force"), "mine is a folder")
+    assert (tmp_path / "notes.txt").read_text() == "x"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_neither_key_nor_victim_goes_into_a_release(run: Run, tmp_path: Path) -> None:
+    refused(run("encrypt", "toy", "stolen", "--key", "stolen/k"), "given away")
+    assert not (tmp_path / "stolen").exists()
+    assert run("encrypt", "toy", "stolen", "--key", "owner.key").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "stolen").iterdir()}
+    refused(run("encrypt", "toy", "new", "--key", "stolen/k"), "given away")
+    refused(run("rotate", "stolen", "owner.key", "new", "new/k"), "given away")
+    refused(run("rotate", "stolen", "owner.key", "new", "stolen/sub/../k"), "given away")
+    for inside in ("stolen/model.safetensors", "stolen/plain"):
+        refused(run("decrypt", "stolen", "owner.key", inside, "--force"), "given away")
+    (tmp_path / "link").symlink_to("stolen")
+    refused(run("decrypt", "stolen", "owner.key", "link/plain"), "given away")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "stolen").iterdir()}
+
+
+def test_decrypting_does_not_write_over_what_opens_the_network(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pass").write_text("correct horse")
+    assert run("encrypt", "toy", "stolen", "--key", "owner.key").exit_code == 0
+    key = (tmp_path / "owner.key").read_bytes()
+    for args in (("owner.key",), ("./owner.key",), ("pass", "--passphrase-file", "pass")):
+        refused(run("decrypt", "stolen", "owner.key", *args, "--force"), "what opens the network")
+    assert (tmp_path / "owner.key").read_bytes() == key
+
+
+@pytest.mark.parametrize("defense", ["null", "paper-init"])
+def test_what_inserts_nothing_is_no_release(run: Run, tmp_path: Path, defense: str) -> None:
+    assert run("encrypt", "toy", "stolen", "--key", "owner.key").exit_code == 0
+    encrypted = run("encrypt", "toy", "new", "--key", "k", "--defense", defense)
+    rotated = run("rotate", "stolen", "owner.key", "newer", "l", "--defense", defense)
+    if defense == "null":
+        refused(encrypted, "inserts nothing")
+        refused(rotated, "inserts nothing")
+        assert not any((tmp_path / name).exists() for name in ("new", "newer", "k", "l"))
+    else:
+        assert encrypted.exit_code == rotated.exit_code == 0
+
+
+def test_a_forged_header_is_not_rotated(run: Run, tmp_path: Path) -> None:
+    assert run("encrypt", "toy", "stolen", "--key", "owner.key").exit_code == 0
+    path = tmp_path / "stolen" / HEADER
+    for forged in ({"defense": Defense.of("paper-init").spec()}, {"victim": {"name": "network"}}):
+        true = path.read_bytes()
+        path.write_text(read_header(path).model_copy(update=forged).digested().model_dump_json())
+        refused(run("rotate", "stolen", "owner.key", "new", "new.key"), "header")
+        refused(run("decrypt", "stolen", "owner.key", "plain"), "header")
+        path.write_bytes(true)
+    assert not (tmp_path / "new").exists() and not (tmp_path / "plain").exists()
 
 
 def test_a_failed_encryption_leaves_the_old_one(run: Run, tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def test_encrypt_for_a_recipient_and_decrypt_as_one(run: Run) -> None:
     assert is_victim("plain")
     phrase = {"DEEPENC_PASSPHRASE": "secret"}
     refused(run("decrypt", "net", "k", "again", env=phrase), "recipients only", "--identity")
+    refused(run("decrypt", "net", "k", "again"), "recipients only", "--identity")
     refused(run("decrypt", "net", "k", "again", "--identity", "locked.pem"), "no passphrase")
+    refused(run("decrypt", "net", "k", "owner.pem", "--identity", "owner.pem", "--force"), "what opens")
     worked(run("decrypt", "net", "k", "again", "--identity", "locked.pem", env=phrase))
     Path("phrase").write_text("secret\n")
     worked(run("decrypt", "net", "k", "more", "--identity", "locked.pem", "--passphrase-file", "phrase"))

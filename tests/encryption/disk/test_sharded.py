@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import deepenc
 from deepenc.encryption.defense import Neurons, Weights
 from deepenc.encryption.disk.checkpoint import decrypt_tensors, load
+from deepenc.encryption.disk.header import HEADER, read_header
 from deepenc.encryption.disk.sharded import shards as shards_module
 from deepenc.encryption.disk.sharded.checkpoint import (
     decrypt_checkpoint,
@@ -33,8 +34,8 @@ from deepenc.encryption.disk.sharded.checkpoint import (
 from deepenc.encryption.disk.sharded.shards import INDEX, Entry, header_of, open_shards
 from deepenc.encryption.disk.staging import partial_of
 from deepenc.encryption.keys.fingerprint import fingerprint
-from deepenc.encryption.keys.key import Key, save_key
-from deepenc.errors import CheckpointError, ConfigError, KeyFileError, PluginError, SiteError
+from deepenc.encryption.keys.key import Key, load_key, save_key
+from deepenc.errors import CheckpointError, ConfigError, DeepencError, KeyFileError, PluginError, SiteError
 from deepenc.network.sites import Site, Slot
 
 transformers = pytest.importorskip("transformers")
@@ -523,3 +524,108 @@ def test_replacing_a_target(victim: Path, tmp_path: Path) -> None:
     decrypt_checkpoint(tmp_path / "locked", key, tmp_path / "opened")
     assert not list(tmp_path.glob(".*"))
     assert os.listdir(tmp_path / "opened")
+
+
+def resaved(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """A checkpoint in one file, its tensors changed."""
+    saved(folder, size="1GB")
+    state = load_file(folder / "model.safetensors")
+    save_file(change(state), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state | {"more": torch.ones(2)}, "1 tensors that it has not, such as .'more'"),
+        (lambda state: {n.replace("norm", "Norm"): t for n, t in state.items()}, "lacks 5 of its tensors"),
+        (lambda state: {n: t for n, t in state.items() if "layers.1" not in n}, "lacks 9 of its tensors"),
+        (lambda state: state | {"lm_head.weight": torch.ones(9, 32)}, r"\(9, 32\), by config.json"),
+        (lambda state: {f"module.{n}": t for n, t in state.items()}, "prefix 'module.' of DataParallel"),
+        (
+            lambda state: {f"_orig_mod.{n}": t for n, t in state.items()},
+            "prefix '_orig_mod.' of torch.compile",
+        ),
+    ],
+)
+def test_what_could_not_be_rebuilt_is_not_encrypted(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        encrypt_checkpoint(resaved(tmp_path / "victim", change), tmp_path / "locked")
+    assert os.listdir(tmp_path) == ["victim"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**6), ("num_labels", 10**8)])
+def test_a_configuration_of_a_network_far_too_large(
+    victim: Path, tmp_path: Path, field: str, value: int
+) -> None:
+    config = json.loads((victim / "config.json").read_bytes())
+    (victim / "config.json").write_text(json.dumps(config | {field: value}))
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match="larger than its tensors"):
+        encrypt_checkpoint(victim, tmp_path / "locked")
+    assert time.perf_counter() - started < 20
+
+
+def test_a_single_file_beside_an_index(victim: Path, tmp_path: Path) -> None:
+    """One of the two is out of date; libraries differ in which they read."""
+    save_file(tensors(victim), victim / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="remove the one that is out of date"):
+        encrypt_checkpoint(victim, tmp_path / "locked")
+
+
+def test_files_that_stand_for_others(tmp_path: Path) -> None:
+    victim = saved(tmp_path / "victim", size="1GB")
+    (victim / "model.safetensors").rename(victim / "model.fp16.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"there is model\.fp16\.safetensors: save it without a variant"
+    ):
+        encrypt_checkpoint(victim, tmp_path / "locked")
+    (victim / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        encrypt_checkpoint(victim, tmp_path / "locked")
+
+
+def test_empty_tensors_and_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    things = {"none": torch.empty(0), "wide": torch.empty(0, 4), "one": torch.tensor(3.0)}
+    save_file(things, path)
+    (shard,) = open_shards(tmp_path).files
+    with shards_module.Reader(path) as reader:
+        assert equal({entry.name: reader.read(entry) for entry in shard.entries}, things)
+
+
+@pytest.mark.parametrize("name", ["deepenc.json", INDEX, "config.json", "model-00001", "key"])
+def test_pipes_devices_and_folders_instead_of_files(victim: Path, tmp_path: Path, name: str) -> None:
+    """They are refused at once: reading a pipe waits for ever, and reading /dev/zero never ends."""
+    locked = tmp_path / "locked"
+    key = encrypt_checkpoint(victim, locked, seed=1)
+    save_key(key, tmp_path / "key", "p", 2**10)
+    path = next((tmp_path if name == "key" else victim if name == "config.json" else locked).glob(f"{name}*"))
+    for make in (
+        os.mkfifo,
+        os.mkdir,
+        lambda p: os.symlink("/dev/zero", p),
+        lambda p: os.symlink("/dev/null", p),
+    ):
+        path.rename(tmp_path / "aside")
+        make(path)
+        with pytest.raises(DeepencError):
+            decrypt_checkpoint(locked, load_key(tmp_path / "key", "p", sites_of(locked)), tmp_path / "opened")
+            encrypt_checkpoint(victim, tmp_path / "again")
+        path.rmdir() if path.is_dir() else path.unlink()
+        (tmp_path / "aside").rename(path)
+
+
+def test_a_forged_header_does_not_decrypt(victim: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    key = encrypt_checkpoint(victim, locked, seed=1)
+    save_key(key, tmp_path / "key", "p", 2**10)
+    assert load_key(tmp_path / "key", "p", sites_of(locked)) == key
+    forged = read_header(locked / HEADER).model_copy(update={"defense": {"name": "other"}}).digested()
+    (locked / HEADER).write_text(forged.model_dump_json())
+    with pytest.raises(KeyFileError, match="header"):
+        decrypt_checkpoint(locked, key, tmp_path / "opened")
+    with pytest.raises(KeyFileError, match="header"):
+        load_key(tmp_path / "key", "p", sites_of(locked))
