@@ -23,6 +23,7 @@ from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError
 from deepenc.seeds import Roots
 from deepenc.study.search import Objective, Search
+from deepenc.victims.validation import validated
 from deepenc.victims.victim import Images, Victim
 
 RESPONSE_IMAGES = 256
@@ -63,7 +64,7 @@ class Evaluator:
 
     def __init__(self, search: Search, cache: Path, root: Roots) -> None:
         self._search, self._root = search, root
-        self._whole = Subject.of(search.victim.load(cache))
+        self._whole = Subject.of(validated(search.victim.load(cache)))
         self._subject = Subject(tuning_part(self._whole.victim, search.held_out), self._whole.sites)
         self._device = device_of(search.experiment(search.base))
         self._encryptions: dict[int, Encryption] = {}

@@ -48,6 +48,8 @@ class Victim:
         plain: A network of the structure in which the model is trained, where it is given away in another
             (folded); None where it is the model's own. Only the structure counts: it is what somebody
             starts from who steals nothing.
+        trained: Whether the model was trained for the task; where it has a fresh head it knows nothing of it,
+            and the defender's images are of another task, with its labels.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Victim:
     fingerprint: str
     public: nn.Module | None = None
     plain: nn.Module | None = None
+    trained: bool = True
 
     @property
     def example(self) -> Tensor:

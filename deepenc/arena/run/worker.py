@@ -16,6 +16,7 @@ from deepenc.arena.reasons import explain
 from deepenc.arena.record import Record
 from deepenc.errors import DeepencError
 from deepenc.processes.child import Handler, Tell, prepare
+from deepenc.victims.validation import validated
 from deepenc.victims.victim import Victim, VictimSource
 
 
@@ -41,10 +42,10 @@ class Workspace:
         """A victim, loaded once.
 
         Raises:
-            VictimError: Weights or data are missing or unusable.
+            VictimError: Weights or data are missing, unusable, or not as `Victim` says.
         """
         if source not in self._victims:
-            self._victims[source] = source.load(self._cache)
+            self._victims[source] = validated(source.load(self._cache))
         return self._victims[source]
 
     def subject(self, source: VictimSource) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,6 +53,34 @@ def split(ids: Sequence[bytes], sizes: Sequence[int]) -> list[Index]:
     for size in sizes:
         bounds.append(int(cuts[np.searchsorted(cuts, bounds[-1] + size, side="right") - 1]))
     return [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
+
+
+def shared(one: Tensor, other: Tensor) -> int:
+    """How many of some inputs are among others, too, bit for bit.
+
+    Args:
+        one: ``(inputs, ...)``.
+        other: ``(inputs, ...)``.
+
+    >>> shared(torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [1.0, 4.0]]))
+    2
+    """
+    if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
+        return 0
+    step = max(
+        1, math.prod(one.shape[1:]) // 64
+    )  # a few values tell nearly all apart; only the rest is read whole
+    first, second = _rows(one, step), _rows(other, step)
+    both = set(first) & set(second)
+    alike = [torch.tensor([row in both for row in rows], dtype=torch.bool) for rows in (first, second)]
+    known = set(_rows(other[alike[1]]))
+    return sum(row in known for row in _rows(one[alike[0]]))
+
+
+def _rows(inputs: Tensor, step: int = 1) -> list[bytes]:
+    """A hash of each input, or of every so many of its values."""
+    values = inputs.detach().cpu().unsqueeze(1).flatten(1)[:, ::step].contiguous()
+    return digests(values.view(torch.uint8).numpy()) if values.numel() else [b""] * len(inputs)
 
 
 def take(images: Images, index: Index) -> Images:

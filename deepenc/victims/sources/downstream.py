@@ -130,6 +130,7 @@ class Downstream(VictimSource):
             task.test,
             hashlib.sha256(repr(told).encode()).hexdigest(),
             stolen if self.trained else None,
+            trained=self.trained,
         )
 
     def _task(self, cache: Path) -> Dataset:
@@ -137,7 +138,7 @@ class Downstream(VictimSource):
         task = load(data_folder(self.folder, f"victim {self.name!r}"), cache, self.classes)
         if self.classes is None and task.classes != classes:
             raise VictimError(
-                f"expected {classes} classes of {task.name}, got {task.classes}; get the data set anew, or "
+                f"expected {classes} classes of {task.name}, got {task.classes}; get the data set again, or "
                 f"give `classes: {task.classes}`"
             )
         return task
