@@ -45,9 +45,12 @@ def hash_of(package: Path) -> str:
 
 def code_version(plugin: object) -> str:
     """Hash of a plugin's source file, and of those that it imports from its own folder or package."""
-    source = inspect.getsourcefile(type(plugin))
-    if source is None:
-        return ""
+    try:
+        source = inspect.getsourcefile(type(plugin))
+    except TypeError:
+        source = None
+    if source is None or not Path(source).is_file():
+        return ""  # defined in a notebook, or on standard input
     file = Path(source).resolve()
     folder = file.parent
     while (folder / "__init__.py").is_file():

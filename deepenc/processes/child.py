@@ -37,19 +37,22 @@ class Settings:
         setup: Pickled: a function that gives the handler.
         output: File that all that is printed is added to.
         environment: Variables of its environment.
+        folder: Where it works.
         mark: Which worker it is; all its children have it in their environment.
     """
 
     setup: bytes
     output: Path
     environment: Mapping[str, str]
+    folder: str
     mark: str
 
     @classmethod
     def of(cls, setup: Callable[[], Handler], output: Path, environment: Mapping[str, str]) -> Self:
         """Settings of a new worker."""
         mark = uuid.uuid4().hex
-        return cls(cloudpickle.dumps(setup), output.absolute(), {**environment, MARK: mark}, mark)
+        environment = {**environment, MARK: mark}
+        return cls(cloudpickle.dumps(setup), output.absolute(), environment, os.getcwd(), mark)
 
 
 def prepare(plugin_files: Sequence[Path]) -> None:
@@ -83,6 +86,7 @@ def work(connection: Connection, settings: Settings) -> None:
     _redirect(settings.output)
     os.environ.clear()
     os.environ.update(settings.environment)
+    os.chdir(settings.folder)
     own = os.getpid()
 
     def send(kind: str, value: object) -> None:

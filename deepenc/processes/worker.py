@@ -25,6 +25,8 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 SECRETS = ("DEEPENC_PASSPHRASE",)
 """Variables of the environment that no worker gets: plugins run there."""
 
+_one_at_a_time = threading.Lock()
+
 EXCERPT = 3000
 """Characters of a worker's output in an error."""
 
@@ -117,14 +119,15 @@ def _starting() -> Iterator[None]:
     multiprocessing would run the main script again in every child, which then needs a guard. Nothing here
     wants it: what a script defines travels by value.
     """
-    hidden = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
-    try:
-        yield
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, before)
-        sys.modules["__main__"] = main
-        os.environ.update(hidden)
+    with _one_at_a_time:
+        hidden = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
+        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+        try:
+            yield
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, before)
+            sys.modules["__main__"] = main
+            os.environ.update(hidden)
