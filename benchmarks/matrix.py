@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from rich.table import Table
 
 from deepenc.arena import build, duel
 from deepenc.arena.plan import Experiment
-from deepenc.arena.run import worker
+from deepenc.arena.run import matrix, worker
 from deepenc.arena.run.matrix import DATABASE, run
 from deepenc.arena.run.store import Store
+from deepenc.processes.pool import Jobs, Pool
 from deepenc.victims.data.cache import cache_folder
 
 PARTS: tuple[tuple[str, Any, str], ...] = (
@@ -74,6 +76,16 @@ class Stopwatch:
         return timed
 
 
+class Inline(Pool):
+    """In place of worker processes: all jobs run here, where the stopwatch sees them."""
+
+    def run(self, jobs: Jobs[Any]) -> None:
+        """See `Pool.run`."""
+        handle = self.setup()
+        while (job := jobs.next(0)) is not None:
+            jobs.done(job, handle(jobs.message(job), partial(jobs.told, job)))
+
+
 def experiment(victim: str, attack: str, keys: int) -> Experiment:
     """Two defenses against one attack that trains."""
     return Experiment.model_validate(
@@ -97,15 +109,17 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=2)
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # a worker is one core: what a second one gains is then a fair question
-    matrix = experiment(chosen.victim, chosen.attack, chosen.keys)
+    cells = experiment(chosen.victim, chosen.attack, chosen.keys)
     cache = cache_folder()
-    worker.Workspace(cache).victim(matrix.victims[0])  # trained or converted once, before the clock starts
+    worker.Workspace(cache).victim(cells.victims[0])  # trained or converted once, before the clock starts
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         with Stopwatch() as watch:
-            one = run(matrix, Path(folder, "one"), cache=cache)
+            matrix.Pool = Inline
+            one = run(cells, Path(folder, "one"), cache=cache)
+            matrix.Pool = Pool
         own = _attack_seconds(Path(folder, "one"))
-        table = Table("part", "seconds", "share of the attacks", title=f"{one.fought} cells, one process")
+        table = Table("part", "seconds", "share of the attacks", title=f"{one.run} cells, in this process")
         for name, seconds in watch.seconds.items():
             table.add_row(name, f"{seconds:.2f}", f"{seconds / own:.1%}")
         rest = one.seconds - sum(watch.seconds.values())
@@ -113,7 +127,7 @@ def main() -> None:
         table.add_section()
         table.add_row("all but the attacks", f"{one.seconds - own:.2f}", f"{one.seconds / own - 1:.1%}")
         console.print(table)
-        two = run(matrix, Path(folder, "two"), cache=cache, workers=2)
+        two = run(cells, Path(folder, "two"), cache=cache, workers=2)
         busy = _attack_seconds(Path(folder, "two"))
         speed = Table("workers", "seconds", "gain", "attacks at a time", title=f"on {os.cpu_count()} cores")
         speed.add_row("1", f"{one.seconds:.1f}", "1.00", f"{own / one.seconds:.2f}")
