@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,6 +313,62 @@ def test_run_shows_and_leaves_a_report_and_goes_on(run: Run, tmp_path: Path) -> 
     assert f"\n{cells} records written to all.csv" in shown.stdout
     assert f" of {cells} cells" in again.stdout
     refused(run("report", "runs/tiny", "--csv", "missing/all.csv"), "missing/all.csv")
+
+
+FAILING = '''\
+from typing import ClassVar
+from deepenc.arena.case import Attack
+
+class Failing(Attack):
+    """Fails."""
+
+    name: ClassVar[str] = "failing"
+
+    def attack(self, case):
+        print("printed by a plugin")
+        raise RuntimeError("planted")
+'''
+
+
+def test_a_run_with_failed_cells_says_so_and_is_no_success(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT.replace("collisions", "failing"))
+    done = run("run", "tiny.yaml", "--plugin", "failing.py")
+    assert done.exit_code == 1
+    assert "4 cells are failed; try again with --retry-failed" in done.stderr
+    assert "failing: RuntimeError: planted" in done.stdout and "printed by a plugin" not in done.stdout
+    assert "printed by a plugin" in (tmp_path / "runs/tiny/output.txt").read_text()
+
+
+def test_report_says_what_is_not_finished_and_writes_over_no_run(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
+    assert run("run", "tiny.yaml").exit_code == 0
+    other = run("run", "tiny.yaml", "--out", "runs/tiny", "--timeout", "600")
+    assert other.exit_code == 0 and "not of this configuration" not in other.stdout
+    database = tmp_path / "runs/tiny/run.sqlite"
+    before = database.read_bytes()
+    for option, target in (
+        ("--csv", "runs/tiny/run.sqlite"),
+        ("--markdown", "runs/tiny/run.sqlite"),
+        ("--csv", "runs/../runs/tiny/run.sqlite-journal"),
+        ("--markdown", "runs/tiny/records.csv"),
+        ("--csv", "elsewhere.db"),
+    ):
+        (tmp_path / "elsewhere.db").write_bytes(before)
+        refused(run("report", "runs/tiny", option, target), "a run keeps", "another name")
+    assert database.read_bytes() == before
+    assert run("report", "runs/tiny", "--csv", "runs/tiny/records.csv").exit_code == 0
+    with sqlite3.connect(database) as connection:
+        connection.execute("update cells set state = 'planned', record = null where position = 0")
+    connection.close()
+    assert "1 cell is not finished" in run("report", "runs/tiny").stdout
+
+
+def test_another_configuration_in_the_same_folder_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
+    assert run("run", "tiny.yaml").exit_code == 0
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT.replace("keys: 2", "keys: 1"))
+    assert "cells are kept in runs/tiny that are not of this configuration" in run("run", "tiny.yaml").stdout
 
 
 def test_run_stopped_by_ctrl_c_says_how_to_go_on(

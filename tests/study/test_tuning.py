@@ -12,26 +12,22 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from deepenc.arena.run.pool import Silent
 
 from deepenc.arena.build import Encryption, Subject, fresh
-from deepenc.arena.run.leases import new_owner, retire
 from deepenc.config import load
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import _loaded, load_file
-from deepenc.processes import Crew
-from deepenc.study import workers
 from deepenc.study.outcome import importances, write
+from deepenc.study.owners import new_owner, retire
 from deepenc.study.search import Search
 from deepenc.study.storage import JOURNAL, locked, open_study
 from deepenc.study.trials import Evaluator, Result
 from deepenc.study.tuning import Tuned, tune
-from deepenc.study.workers import TrialQueue, run_in_workers
+from deepenc.study.workers import Silent, TrialQueue
 
 PLUGIN = '''
 import json, os, signal, time
@@ -233,52 +229,16 @@ def test_one_command_at_a_time(plugin: Path, tmp_path: Path) -> None:
         run(tmp_path)
 
 
-class Scripted:
-    """In place of a worker process: dies as often as the plan says, by number of the trial."""
-
-    plan: ClassVar[dict[int, int]] = {}
-    given: ClassVar[list[int]] = []
-
-    def __init__(self) -> None:
-        self.task: Any = None
-        self.references: object = None
-
-    def send(self, message: object) -> None:
-        if self.references is None:
-            self.references = message
-        else:
-            self.given.append(self.task[0].number)
-
-    def receive(self) -> Result | None:
-        number = self.task[0].number
-        if self.plan.get(number, 0):
-            self.plan[number] -= 1
-            return None
-        return Result("complete", (float(number),))
-
-    def death(self) -> str:
-        return "SIGKILL"
-
-    def end(self) -> None:
-        pass
-
-
-def test_a_dead_worker_s_trial_is_tried_once_more(
-    plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    search = Search.model_validate(fields(tmp_path, trials=5))
-    study = open_study(search, tmp_path)
-    monkeypatch.setattr(workers, "ready", lambda pool: [w for w in pool if w.task is not None])
-    monkeypatch.setattr(Scripted, "plan", {1: 1, 2: 2})
-    monkeypatch.setattr(Scripted, "given", [])
-    with Crew[Any](2, Scripted) as crew:
-        fought = run_in_workers(TrialQueue(search, study, "here", None, Silent()), crew, ())
-        assert [worker.references for worker in crew.workers] == [(), ()], "the replaced, too"
-    trials = study.get_trials()
-    assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert fought == 5 and "died 2 times (SIGKILL)" in trials[2].user_attrs["reason"]
-    assert Counter(Scripted.given) == {0: 1, 1: 2, 2: 2, 3: 1, 4: 1}
-    assert len({t.params["placement.proportion"] for t in trials}) == 5
+def test_a_trial_that_kills_its_workers_has_failed(plugin: Path, tmp_path: Path) -> None:
+    search = Search.model_validate(fields(tmp_path, trials=2))
+    queue = TrialQueue(search, open_study(search, tmp_path), "here", None, Silent())
+    first, second = queue.next(), queue.next()
+    assert first is not None and second is not None and not queue.left()
+    queue.lost(first, "the worker process died 2 times (SIGKILL)")
+    queue.done(second, Result("complete", (1.0,)))
+    trials = queue.study.get_trials()
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"] and queue.fought == 2
+    assert "died 2 times" in trials[0].user_attrs["reason"]
 
 
 def test_a_trial_whose_command_died_goes_on_under_its_number(plugin: Path, tmp_path: Path) -> None:

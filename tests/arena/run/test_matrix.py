@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from deepenc.arena.plan import Experiment, plan
 from deepenc.arena.run.matrix import DATABASE, run
 from deepenc.arena.run.progress import Progress
 from deepenc.arena.run.store import Store
-from deepenc.errors import ConfigError
+from deepenc.errors import ConfigError, StoreError
 from deepenc.plugins import load_file
 
 PLUGIN = '''
@@ -281,3 +282,70 @@ def test_ctrl_c_ends_workers_and_gives_cells_back(tmp_path, log, plugin):
     with Store(tmp_path / DATABASE) as store:
         states = Counter(store.states().values())
     assert states["running"] == 0 and states["done"] >= 1 and states["planned"] >= 1
+
+
+def taken(folder, seconds):
+    """Plan a run and take one cell, as another run would, with a lease that is good for some seconds."""
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(), folder, cache=folder, progress=Watcher(interrupt_after=0))
+    with Store(folder / DATABASE) as store:
+        store.renew("another host", seconds)
+        store.claim(next(iter(store.states())), "another host")
+
+
+def test_cells_of_a_run_that_is_no_more_are_waited_for_and_taken_over(tmp_path, log):
+    taken(tmp_path, 20)
+    summary = fight(tmp_path)
+    assert (dict(summary.states), summary.run, summary.problems) == ({"done": 8}, 8, ())
+
+
+def test_cells_of_a_run_that_is_alive_are_left_to_it_and_told(tmp_path, log):
+    taken(tmp_path, 600)
+    with Store(tmp_path / DATABASE) as store:
+        over = threading.Event()
+
+        def renew():
+            while not over.wait(0.2):
+                store.renew("another host", 600)
+
+        other = threading.Thread(target=renew)
+        other.start()
+        try:
+            summary = fight(tmp_path)
+        finally:
+            over.set()
+            other.join()
+    assert dict(summary.states) == {"done": 7, "running": 1}
+    assert summary.problems == ("1 cell is being run by another command",)
+
+
+def test_finished_cells_of_another_experiment_are_counted(tmp_path, log):
+    assert fight(tmp_path).kept == 0
+    summary = fight(tmp_path, keys=1)
+    assert summary.kept == 4
+    assert fight(tmp_path).kept == 0
+
+
+def test_failed_cells_are_a_problem(tmp_path, log):
+    summary = fight(tmp_path, counting={"fail": True})
+    assert summary.problems == ("2 cells are failed; try again with --retry-failed",)
+
+
+def test_a_run_is_not_put_into_a_release(tmp_path, log):
+    (tmp_path / "deepenc.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"encrypted network.*another folder"):
+        fight(tmp_path)
+    assert not (tmp_path / DATABASE).exists()
+
+
+@pytest.mark.parametrize("slip", [{"keys": 3_000_000}, {"keys": 10**12}, {"repeats": 10**9}])
+def test_a_slip_of_zeros_is_told_at_once(tmp_path, log, slip):
+    with pytest.raises(ConfigError, match=r"at most 1,000,000 cells, got .* slip"):
+        fight(tmp_path, **slip)
+
+
+@pytest.mark.parametrize("database", ["nonsense", "nosuch://x", "sqlite:////nosuch/folder/x.db"])
+def test_a_database_that_cannot_be_used(tmp_path, log, database):
+    with pytest.raises(StoreError) as caught:
+        run(experiment(), tmp_path, cache=tmp_path, database=database)
+    assert len(str(caught.value).splitlines()) == 1
