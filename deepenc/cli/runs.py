@@ -42,7 +42,7 @@ def run(
         bool, typer.Option("--retry-failed", help="Run cells again that failed or met --timeout.")
     ] = False,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds that an attack may take; it is stopped then.")
+        float | None, typer.Option(min=0.1, help="Seconds that an attack may take; it is stopped then.")
     ] = None,
     device: Annotated[Device | None, typer.Option(help="Instead of the config's device.")] = None,
 ) -> None:
@@ -143,9 +143,9 @@ def _refuse_own_files(folder: Path, target: Path | None, allowed: str = "") -> N
     """
     from deepenc.arena.run.matrix import DATABASE, OUTPUT
 
-    if target is None or target.name == allowed:
+    if target is None:
         return
-    own = (CSV, TABLES, OUTPUT, DATABASE)
+    own = tuple({CSV, TABLES, OUTPUT, DATABASE} - {allowed})
     beside = target.resolve().parent == folder.resolve() and target.name.startswith(own)
     try:
         with target.open("rb") as file:

@@ -58,7 +58,10 @@ class Cells(Jobs[Task]):
         self._seen: dict[str, float] = {}
         self._looked, self._waiting = -math.inf, True
         self.run = self.encryptions = 0
+        self._store.recover(owner)
         self._groups = self._planned()
+        states = self._store.states().values()
+        progress.planned(len(states), sum(state not in ("planned", "running") for state in states))
 
     @property
     def groups(self) -> int:

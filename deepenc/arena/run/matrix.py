@@ -121,6 +121,8 @@ def run(
     """
     if workers < 1:
         raise ConfigError(f"expected at least 1 worker, got {workers}")
+    if not lease > 0 or not (timeout is None or timeout > 0):
+        raise ConfigError(f"expected a lease and a timeout above 0 seconds, got {lease} and {timeout}")
     started = time.perf_counter()
     progress = progress or Progress()
     for path in plugin_files:
@@ -134,15 +136,12 @@ def run(
         roots = roots or _roots(experiment, store)
         tasks = _tasks(experiment, roots, worker.Workspace(cache), device)
         store.sync(tasks, experiment.spec())
+        if retry_failed:
+            store.retry_failed()
         with Lease(store, lease) as held:
-            store.recover(held.owner)
-            if retry_failed:
-                store.retry_failed()
-            _tell_plan(store, progress)
             queue = Cells(tasks, store, held.owner, progress, timeout)
             if queue.left():
-                setup = worker.Setup(cache, tuple(loaded_files()))
-                with _output(folder) as output, Pool(setup, min(workers, queue.groups or 1), output) as pool:
+                with _pool(folder, cache, min(workers, queue.groups or 1)) as pool:
                     pool.run(queue)
         counts = Counter(store.states().values())
         kept = store.kept()
@@ -181,18 +180,14 @@ def _count(experiment: Experiment) -> int:
     return count
 
 
-def _tell_plan(store: Store, progress: Progress) -> None:
-    states = store.states().values()
-    progress.planned(len(states), sum(state not in ("planned", "running") for state in states))
-
-
 @contextmanager
-def _output(folder: Path) -> Iterator[Path]:
-    """The file for what is printed in workers; none is left where nothing was."""
+def _pool(folder: Path, cache: Path, size: int) -> Iterator[Pool]:
+    """Workers that write what they print to a file in the folder; none is left where nothing was printed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / OUTPUT
     try:
-        yield path
+        with Pool(worker.Setup(cache, tuple(loaded_files())), size, path) as pool:
+            yield pool
     finally:
         with suppress(OSError):
             if not path.stat().st_size:
