@@ -31,8 +31,8 @@ class Search(BaseModel):
         name: Name of the run's folder, and of the defense that is looked for.
         victim: Network and data.
         base: The defense whose parameters are searched; the first trial, where the space holds it.
-        space: Parameters of the defense, with dots (``weights.norms``), to choices or ranges. A whole plugin
-            is chosen by its line of text (``weights: [samp, init]``), a hardening by lines joined with
+        space: Parameters of the defense, with dots (``weights.norm_source``), to choices or ranges. A whole
+            plugin is chosen by its line of text (``weights: [samp, init]``), a hardening by lines joined with
             ``+`` or null for none. An entry of a mapping stands in brackets:
             ``placement.counts[layer1.0.conv1]``. A parameter that the chosen plugin does not have is
             left out.

@@ -46,7 +46,7 @@ class Conditional(Weights):
     """Relative deviation of each entry from the one drawn; with 0 bootstrapped floats are equal."""
     share: float = Field(0.9, gt=0, le=1)
     """Of the real neurons' variance, what the common directions carry; the rest is independent noise."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether bias and normalisation entries are one real channel's (Gaussian: drawn with the weights), of
     real channels drawn for each vector (Gaussian: each drawn by itself), or defaults."""
 
@@ -61,7 +61,7 @@ class Conditional(Weights):
         def draw(gap: Gap, real: Tensor) -> Tensor:
             return bootstrapped(real, neurons.count, rng)
 
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter)
+        return assemble(neurons, rng, draw, models, norm_source=self.norm_source, jitter=self.jitter)
 
     def _gaussian(self, neurons: Neurons, rng: np.random.Generator) -> list[Tensor]:
         width = neurons.site.width
@@ -70,9 +70,9 @@ class Conditional(Weights):
         shared = rng.standard_normal((neurons.count, axes.shape[1]))
         values = []
         for fit in fits:
-            if fit.weights or self.norms == "joint":
+            if fit.weights or self.norm_source == "joint":
                 values.append(fit.drawn(axes, shared, rng))
-            elif self.norms == "independent":
+            elif self.norm_source == "independent":
                 values.append(fit.drawn(axes, rng.standard_normal(shared.shape), rng))
             else:
                 values.append(fit.default(neurons.count))

@@ -32,7 +32,7 @@ class Decoys(Weights):
     """How much outgoing weights are altered; negated by 1 they silence the model."""
     jitter: float = Field(0.1, ge=0, le=0.5)
     """Relative deviation of each entry from the model's; with 0 floats are equal."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether bias and normalisation entries are the model's, of real channels drawn for each vector, or
     defaults."""
 
@@ -53,4 +53,4 @@ class Decoys(Weights):
             noise = torch.from_numpy(rng.standard_normal(rows.shape)).to(rows)
             return rows + self.strength * size * noise
 
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter)
+        return assemble(neurons, rng, draw, models, norm_source=self.norm_source, jitter=self.jitter)

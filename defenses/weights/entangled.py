@@ -42,7 +42,7 @@ class Entangled(Weights):
     """Norm of a group's summed outgoing weights, likewise."""
     jitter: float = Field(0.02, ge=0, le=0.5)
     """Relative deviation of each entry within a group; what it makes of activations does not cancel."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether a group's bias and normalisation entries come from one real channel, from several, or are
     defaults."""
 
@@ -61,7 +61,15 @@ class Entangled(Weights):
                 return shared[member.to(real.device)]
             return self._opposed(real, shared, member.to(real.device), rng)
 
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, groups=groups)
+        return assemble(
+            neurons,
+            rng,
+            draw,
+            models,
+            norm_source=self.norm_source,
+            jitter=self.jitter,
+            groups=groups,
+        )
 
     def _opposed(self, real: Tensor, shared: Tensor, member: Tensor, rng: np.random.Generator) -> Tensor:
         """Rows of ``strength`` that add up to one of ``remainder`` in each group."""

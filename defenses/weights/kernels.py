@@ -30,7 +30,7 @@ class Kernels(Weights):
 
     jitter: float = Field(0.1, ge=0, le=0.5)
     """Relative deviation of each entry from the one drawn; with 0 floats are equal."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether bias and normalisation entries come from one real channel, from several, or are defaults."""
 
     def fill(
@@ -46,4 +46,4 @@ class Kernels(Weights):
             index = torch.from_numpy(rng.integers(width * partners, size=(neurons.count, partners)))
             return real.reshape(-1, unit)[index.to(real.device)]
 
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter)
+        return assemble(neurons, rng, draw, models, norm_source=self.norm_source, jitter=self.jitter)

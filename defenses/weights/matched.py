@@ -31,7 +31,7 @@ class Matched(Weights):
 
     jitter: float = Field(0.05, gt=0, le=0.5)
     """Relative deviation of a row's mean and deviation, and of normalisation entries, from the model's."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether bias and normalisation entries are the model's, of real channels drawn for each vector, or
     defaults."""
 
@@ -55,7 +55,15 @@ class Matched(Weights):
             matched: Tensor = shift * picked(mean, models) + stretch * picked(deviation, models) * unit
             return matched
 
-        return assemble(neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, weight_jitter=0.0)
+        return assemble(
+            neurons,
+            rng,
+            draw,
+            models,
+            norm_source=self.norm_source,
+            jitter=self.jitter,
+            weight_jitter=0.0,
+        )
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepenc.encryption.defense import Neurons, Weights
-from deepenc.encryption.filling.fills import Norms, initialise, sample
+from deepenc.encryption.filling.fills import NormSource, initialise, sample
 
 
 class Mixed(Weights):
@@ -24,7 +24,7 @@ class Mixed(Weights):
     name: ClassVar[str] = "mixed"
     per_tensor: ClassVar[bool] = True
 
-    norms: Norms = "independent"
+    norm_source: NormSource = "independent"
     """How BatchNorm's four vectors are sampled: each by itself, or ``"joint"``, all from one real channel."""
 
     def fill(
@@ -32,7 +32,7 @@ class Mixed(Weights):
     ) -> Sequence[Tensor]:
         """Fill all gaps both ways and let each neuron's coin choose, the same in each tensor."""
         heads = torch.from_numpy(channels.random(neurons.count) < 0.5)
-        sampled = sample(neurons, rng, self.norms, channels)
+        sampled = sample(neurons, rng, self.norm_source, channels)
         pairs = zip(neurons.gaps, sampled, initialise(neurons, rng), strict=True)
         values = []
         for gap, drawn, fresh in pairs:

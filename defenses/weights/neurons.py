@@ -26,7 +26,7 @@ class Recombined(Weights):
 
     jitter: float = Field(0.1, ge=0, le=0.5)
     """Relative deviation of each entry from the one copied; with 0 floats are equal."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether bias and normalisation entries are those of the channel that the incoming weights are of, of
     real channels drawn for each vector, or defaults."""
 
@@ -42,4 +42,4 @@ class Recombined(Weights):
         def draw(gap: Gap, real: Tensor) -> Tensor:
             return picked(real, into if gap.slot.role is Role.INCOMING else out)
 
-        return assemble(neurons, rng, draw, into, norms=self.norms, jitter=self.jitter)
+        return assemble(neurons, rng, draw, into, norm_source=self.norm_source, jitter=self.jitter)

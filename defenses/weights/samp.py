@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from deepenc.encryption.defense import Neurons, Weights
-from deepenc.encryption.filling.fills import Norms, sample
+from deepenc.encryption.filling.fills import NormSource, sample
 
 
 class Samp(Weights):
@@ -19,13 +19,13 @@ class Samp(Weights):
     less than `init`, but hides better, says the paper; each drawn float is bit-identical to another one of
     its tensor, though, which gives it away at once.
 
-    Source: paper, Section 2.2, "samp"; it is silent about normalisation layers, see ``norms``.
+    Source: paper, Section 2.2, "samp"; it is silent about normalisation layers, see ``norm_source``.
     """
 
     name: ClassVar[str] = "samp"
     per_tensor: ClassVar[bool] = True
 
-    norms: Norms = "independent"
+    norm_source: NormSource = "independent"
     """How BatchNorm's four vectors are drawn: each by itself (the literal reading), or ``"joint"``, all from
     one real channel. It decides almost everything: a CIFAR-10 ResNet-20 at 5 % keeps 7 to 89 % of accuracy
     with the first, depending on the key, and 81 to 91 % with the second."""
@@ -34,4 +34,4 @@ class Samp(Weights):
         self, neurons: Neurons, rng: np.random.Generator, channels: np.random.Generator
     ) -> Sequence[Tensor]:
         """Sample all gaps."""
-        return sample(neurons, rng, self.norms, channels)
+        return sample(neurons, rng, self.norm_source, channels)

@@ -32,7 +32,7 @@ class Smoothed(Weights):
     between neighbouring values."""
     jitter: float = Field(0.05, gt=0, le=0.5)
     """Relative deviation; of normalisation entries in either form."""
-    norms: NormFill = "joint"
+    norm_source: NormFill = "joint"
     """Whether bias and normalisation entries come from one real channel, from several, or are defaults."""
 
     def fill(
@@ -52,7 +52,13 @@ class Smoothed(Weights):
 
         weight_jitter = 0.0 if density else None
         return assemble(
-            neurons, rng, draw, models, norms=self.norms, jitter=self.jitter, weight_jitter=weight_jitter
+            neurons,
+            rng,
+            draw,
+            models,
+            norm_source=self.norm_source,
+            jitter=self.jitter,
+            weight_jitter=weight_jitter,
         )
 
 

@@ -29,7 +29,9 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("weights", [Samp(), Samp(norms="joint"), Init(), Mixed(), Mixed(norms="joint")])
+@pytest.mark.parametrize(
+    "weights", [Samp(), Samp(norm_source="joint"), Init(), Mixed(), Mixed(norm_source="joint")]
+)
 def test_each_gives_tensors_of_the_shapes_and_dtypes_asked_and_changes_nothing(
     planted: Net, weights: Any
 ) -> None:
@@ -75,7 +77,7 @@ def norm_sources(net: nn.Module, values: Any, site: Site) -> Tensor:
 def test_joint_norms_come_from_one_real_channel_and_independent_ones_do_not(planted: Net) -> None:
     net, _, sites = planted
     asked = neurons(net, sites[0], 50)
-    joint = norm_sources(net, Samp(norms="joint").fill(asked, rng(), rng(1)), sites[0])
+    joint = norm_sources(net, Samp(norm_source="joint").fill(asked, rng(), rng(1)), sites[0])
     assert (joint == joint[0]).all() and len(joint[0].unique()) > 10
     independent = norm_sources(net, Samp().fill(asked, rng(), rng(1)), sites[0])
     for i in range(4):
@@ -88,7 +90,7 @@ def test_joint_norms_of_a_flattened_map_keep_the_block_together() -> None:
     norm = torch.arange(15.0)  # 4 channels of 3 entries, from entry 3 on
     slots = (Slot("n.weight", 0, Role.SCALE, 3, 3), Slot("n.bias", 0, Role.SHIFT, 3, 3))
     gaps = tuple(Gap(slot, norm + 100 * i, (18,), {}) for i, slot in enumerate(slots))
-    values = Samp(norms="joint").fill(Neurons(Site("n", 4, slots), 6, gaps), rng(), rng(1))
+    values = Samp(norm_source="joint").fill(Neurons(Site("n", 4, slots), 6, gaps), rng(), rng(1))
     blocks = values[0].reshape(6, 3)
     assert torch.equal(blocks, blocks[:, :1] + torch.arange(3.0))
     assert (blocks[:, 0] % 3 == 0).all() and (blocks >= 3).all()
@@ -152,7 +154,11 @@ def test_mixed_tosses_one_coin_a_neuron_for_all_its_slots(planted: Net, norms: A
     net, _, sites = planted
     asked = neurons(net, sites[0], 400)
     values = dict(
-        zip((s.tensor for s in sites[0].slots), Mixed(norms=norms).fill(asked, rng(), rng(1)), strict=True)
+        zip(
+            (s.tensor for s in sites[0].slots),
+            Mixed(norm_source=norms).fill(asked, rng(), rng(1)),
+            strict=True,
+        )
     )
     state = net.state_dict()
     # The planted values are unlike a default, and any float drawn from a normal is hardly one of them.
@@ -175,7 +181,7 @@ def test_mixed_keeps_blocks_together() -> None:
     assert 0 < coins.sum() < 30
 
 
-@pytest.mark.parametrize("name", ["samp", "init", "mixed", "samp:norms=joint"])
+@pytest.mark.parametrize("name", ["samp", "init", "mixed", "samp:norm_source=joint"])
 def test_registered_weights_encrypt_and_come_off_again(planted: Net, name: str) -> None:
     net, inputs, sites = planted
     defense = Defense(name="t", placement="proportional:proportion=0.2", weights=name)

@@ -28,11 +28,11 @@ from defenses.weights.smoothed import Smoothed, between
 
 Net = tuple[nn.Module, Tensor, tuple[Site, ...]]
 ALL: list[Weights] = [
-    Smoothed(), Smoothed(form="density", norms="independent"), Kernels(), Kernels(norms="default"),
-    Recombined(), Recombined(norms="independent"), Matched(), Matched(norms="default"), Conditional(),
-    Conditional(form="gaussian"), Conditional(form="gaussian", norms="default"),
-    Conditional(form="gaussian", norms="independent", share=1), Decoys(), Decoys(outgoing="noisy"),
-    Entangled(), Entangled(group=3, norms="independent"),
+    Smoothed(), Smoothed(form="density", norm_source="independent"), Kernels(), Kernels(norm_source="default"),
+    Recombined(), Recombined(norm_source="independent"), Matched(), Matched(norm_source="default"), Conditional(),
+    Conditional(form="gaussian"), Conditional(form="gaussian", norm_source="default"),
+    Conditional(form="gaussian", norm_source="independent", share=1), Decoys(), Decoys(outgoing="noisy"),
+    Entangled(), Entangled(group=3, norm_source="independent"),
 ]  # fmt: skip
 every = pytest.mark.parametrize("weights", ALL, ids=repr)
 
@@ -88,7 +88,7 @@ VECTORS = ("bias", "scale", "shift", "mean", "variance")
 
 def test_a_form_that_is_no_default_keeps_the_contract() -> None:
     """Defaults are checked with all registered plugins."""
-    weights = Conditional(form="gaussian", norms="independent")
+    weights = Conditional(form="gaussian", norm_source="independent")
     assert [result for result in run_checks(weights) if not result.passed] == []
 
 
@@ -120,7 +120,7 @@ def test_no_float_is_one_of_the_victims(planted: Net, weights: Weights) -> None:
         neurons = ask(state, site, 9)
         for gap, value in zip(neurons.gaps, weights.fill(neurons, rng(), rng(100)), strict=True):
             made = gap.slot.role in (Role.INCOMING, Role.OUTGOING)
-            if made or getattr(weights, "norms", None) != "default":
+            if made or getattr(weights, "norm_source", None) != "default":
                 assert not torch.isin(value, gap.victim).any(), gap.slot
 
 
@@ -131,7 +131,7 @@ def test_variances_stay_positive_and_constant_vectors_constant(weights: Weights)
     values = filled(weights, tensors, site, 50)
     assert (values["variance"] > 0).all()
     assert (values["bias"] == 0).all()
-    assert (values["scale"] == (1 if getattr(weights, "norms", None) == "default" else 0.1)).all()
+    assert (values["scale"] == (1 if getattr(weights, "norm_source", None) == "default" else 0.1)).all()
 
 
 @every
@@ -187,7 +187,7 @@ def test_what_belongs_to_a_neuron_is_the_same_in_each_tensor() -> None:
     [
         (Smoothed, "jitter", 0), (Smoothed, "form", "x"), (Kernels, "jitter", -0.1), (Matched, "jitter", 0),
         (Conditional, "share", 0), (Conditional, "share", 1.1), (Decoys, "strength", float("nan")),
-        (Entangled, "group", 1), (Entangled, "remainder", float("inf")), (Recombined, "norms", "some"),
+        (Entangled, "group", 1), (Entangled, "remainder", float("inf")), (Recombined, "norm_source", "some"),
     ],
 )  # fmt: skip
 def test_parameters_beyond_sense_are_refused(kind: Any, field: str, value: Any) -> None:
@@ -293,7 +293,7 @@ def test_matched_norms_go_together_as_the_victims_do_and_samps_do_not() -> None:
     assert np.corrcoef(log_norms(filled(Matched(), tensors, site, 300)).numpy()) == pytest.approx(
         real, abs=0.05
     )
-    samp = np.corrcoef(log_norms(filled(Samp(norms="joint"), tensors, site, 300)).numpy())
+    samp = np.corrcoef(log_norms(filled(Samp(norm_source="joint"), tensors, site, 300)).numpy())
     assert abs(samp[0, 1]) < 0.2
 
 

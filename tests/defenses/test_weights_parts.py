@@ -154,7 +154,7 @@ def test_entries_other_than_weights_come_from_where_they_should() -> None:
     neurons, models = asked(40), distinct(5, 40, rng())
 
     def vectors(norms: fills.NormFill) -> Tensor:
-        values = assemble(neurons, rng(), lambda gap, real: real[models], models, norms=norms)
+        values = assemble(neurons, rng(), lambda gap, real: real[models], models, norm_source=norms)
         return torch.stack(values[1:])
 
     offsets = torch.arange(1, 6)[:, None] * 10.0
@@ -171,7 +171,12 @@ def test_a_group_shares_its_models_entries() -> None:
     neurons, groups = asked(6), np.array([0, 1, 1, 0, 2, 2])
     for norms in ("joint", "independent"):
         values = assemble(
-            neurons, rng(), lambda gap, real: real[[0] * 6], np.array([4, 2, 0]), norms=norms, groups=groups
+            neurons,
+            rng(),
+            lambda gap, real: real[[0] * 6],
+            np.array([4, 2, 0]),
+            norm_source=norms,
+            groups=groups,
         )
         for value in values[1:]:
             assert value[0] == value[3] and value[1] == value[2] and value[4] == value[5]

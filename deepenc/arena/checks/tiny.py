@@ -106,7 +106,7 @@ def _images(model: nn.Module, count: int, generator: torch.Generator) -> Images:
         return Images(inputs, model(inputs).argmax(dim=1))
 
 
-Unusual = Literal["half precision", "double precision", "constant channels", "a weight that is not finite"]
+Unusual = Literal["half precision", "double precision", "constant channels", "an output that is not finite"]
 """What attacks and defenses must bear in a network."""
 
 
@@ -127,9 +127,9 @@ def unusual_subject(kind: Unusual, attacker: int = 256) -> Subject:
             model.conv3.weight.fill_(0.5)
             model.bn2.running_var[3] = 0
         return Subject(replace(victim, model=model), sites)
-    if kind == "a weight that is not finite":
+    if kind == "an output that is not finite":
         with torch.no_grad():
-            model.fc.weight[0] = torch.inf
+            model.fc.bias[0] = torch.inf
         return Subject(replace(victim, model=model), sites)
     dtype = torch.bfloat16 if kind == "half precision" else torch.float64
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from deepenc.encryption.defense import Gap, Neurons
 from deepenc.network.sites import Role
 
-Norms = Literal["independent", "joint"]
+NormSource = Literal["independent", "joint"]
 """Whether the vectors of a normalisation are drawn each by itself, or all from one real channel."""
 
 NormFill = Literal["joint", "independent", "default"]
@@ -31,20 +31,20 @@ DEFAULTS = {Role.BIAS: 0.0, Role.SCALE: 1.0, Role.SHIFT: 0.0, Role.MEAN: 0.0, Ro
 
 
 def sample(
-    neurons: Neurons, rng: np.random.Generator, norms: Norms, channels: np.random.Generator
+    neurons: Neurons, rng: np.random.Generator, norm_source: NormSource, channels: np.random.Generator
 ) -> list[Tensor]:
     """Draw every entry, with replacement, from the original entries of the same tensor.
 
     Args:
         neurons: What to fill.
         rng: Draws.
-        norms: With ``"joint"``, the normalisation vectors of a neuron all come from one real channel.
+        norm_source: With ``"joint"``, the normalisation vectors of a neuron all come from one real channel.
         channels: Chooses those real channels.
 
     Returns:
         A tensor of ``gap.shape`` for each gap.
     """
-    models = channels.integers(neurons.site.width, size=neurons.count) if norms == "joint" else None
+    models = channels.integers(neurons.site.width, size=neurons.count) if norm_source == "joint" else None
     values = []
     for gap in neurons.gaps:
         if models is not None and gap.slot.role in _NORM and _is_vector(gap):
@@ -149,7 +149,7 @@ def assemble(
     draw: Callable[[Gap, Tensor], Tensor],
     models: NDArray[np.int64],
     *,
-    norms: NormFill = "joint",
+    norm_source: NormFill = "joint",
     jitter: float = 0.0,
     weight_jitter: float | None = None,
     groups: NDArray[np.int64] | None = None,
@@ -163,7 +163,7 @@ def assemble(
             the site's real channels in it, ``(width, partners, unit)``.
         models: Real channels whose entries the confusion channels take, ``(count,)``; ``(groups,)`` with
             ``groups``.
-        norms: Where entries other than weights come from.
+        norm_source: Where entries other than weights come from.
         jitter: See `Floats.jittered`; defaults of a layer have none.
         weight_jitter: The same for weights, where it is not ``jitter``.
         groups: Group of each confusion channel, ``(count,)``; entries other than weights are its group's.
@@ -180,12 +180,12 @@ def assemble(
         real = real_rows(gap, neurons.site.width, rng)
         if gap.slot.role not in DEFAULTS:
             rows = floats.jittered(draw(gap, real), jitter if weight_jitter is None else weight_jitter, rng)
-        elif norms == "default":
+        elif norm_source == "default":
             rows = real.new_full((neurons.count, *real.shape[1:]), DEFAULTS[gap.slot.role])
             values.append(placed(rows, gap))
             continue
         else:
-            own = models if norms == "joint" else rng.integers(len(real), size=len(models))
+            own = models if norm_source == "joint" else rng.integers(len(real), size=len(models))
             rows = floats.jittered(picked(real, own if groups is None else own[groups]), jitter, rng)
         values.append(finished(rows, gap, floats))
     return values
