@@ -29,7 +29,7 @@ from deepenc.victims.data.cache import cache_folder
 CONFIG = Path(__file__).parents[1] / "configs" / "tune_digits.yaml"
 SPACE = {
     "weights": ["samp", "init", "conditional"],
-    "placement": ["absolute", "spread:budget=5%"],
+    "placement": ["absolute", "max-entropy:budget=5%"],
     "hardening.0.quantile": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
 }
 

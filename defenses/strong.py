@@ -8,13 +8,13 @@ from defenses.hardening.drift import Drift
 from defenses.hardening.optimise import Optimise
 from defenses.hardening.permute import Permute
 from defenses.hardening.withhold import Withhold
-from defenses.placement.spread import Spread
+from defenses.placement.max_entropy import MaxEntropy
 from defenses.weights.conditional import Conditional
 
 strong = Defense(
     name="strong",
     summary="Optimised in disguise (5 % of memory), the victim permuted, its statistics kept with the key.",
-    placement=Spread(budget=Budget(share=0.05)),
+    placement=MaxEntropy(budget=Budget(share=0.05)),
     weights=Conditional(),
     hardening=(
         Permute(),

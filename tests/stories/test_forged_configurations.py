@@ -19,7 +19,7 @@ name: small
 victims: [digits-resnet]
 defenses:
   - null
-  - {name: own, placement: "spread:budget=5%", weights: samp, hardening: [optimise, {name: withhold}]}
+  - {name: own, placement: "max-entropy:budget=5%", weights: samp, hardening: [optimise, {name: withhold}]}
   - {base: paper-init, name: wider, placement: {name: absolute, sites: [layer1.0.conv1], count: 3}}
 attacks:
   - norms

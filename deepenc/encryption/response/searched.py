@@ -49,8 +49,16 @@ class MeasuredPlacement(SearchedPlacement):
     measure: Measure = "logits"
     """What is compared: ``logits``, ``probabilities``, ``features``, or ``features:NAME`` of a layer."""
 
-    def candidates(self, original: Original, rng: np.random.Generator, most: Mapping[str, int]) -> Candidates:
+    def candidates(
+        self, original: Original, rng: np.random.Generator, most: Mapping[str, int], why: str = ""
+    ) -> Candidates:
         """Candidates of at most so many channels at each site.
+
+        Args:
+            original: The victim and the defender's data.
+            rng: Fills them, and chooses images.
+            most: The largest count for each site.
+            why: Under which condition images are needed, for the message where there are none.
 
         Raises:
             ConfigError: There are no images.
@@ -61,6 +69,6 @@ class MeasuredPlacement(SearchedPlacement):
             rng,
             most,
             images=self.images,
-            blame=f"placement {self.name!r}",
+            blame=f"placement {self.name!r}{why}",
             measure=self.measure,
         )

@@ -28,9 +28,10 @@ from defenses.weights.smoothed import Smoothed, between
 
 Net = tuple[nn.Module, Tensor, tuple[Site, ...]]
 ALL: list[Weights] = [
-    Smoothed(), Smoothed(form="density", norm_source="independent"), Kernels(), Kernels(norm_source="default"),
-    Recombined(), Recombined(norm_source="independent"), Matched(), Matched(norm_source="default"), Conditional(),
-    Conditional(form="gaussian"), Conditional(form="gaussian", norm_source="default"),
+    Smoothed(), Smoothed(form="density", norm_source="independent"), Kernels(),
+    Kernels(norm_source="default"), Recombined(), Recombined(norm_source="independent"), Matched(),
+    Matched(norm_source="default"), Conditional(), Conditional(form="gaussian"),
+    Conditional(form="gaussian", norm_source="default"),
     Conditional(form="gaussian", norm_source="independent", share=1), Decoys(), Decoys(outgoing="noisy"),
     Entangled(), Entangled(group=3, norm_source="independent"),
 ]  # fmt: skip

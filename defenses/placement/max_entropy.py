@@ -16,7 +16,7 @@ from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 
 
-class Spread(MeasuredPlacement):
+class MaxEntropy(MeasuredPlacement):
     """As many key bits as the budget buys, if wanted above a least response.
 
     A site of C channels and d confusion channels gives log2 of C + d choose d bits of key. Each channel
@@ -26,7 +26,7 @@ class Spread(MeasuredPlacement):
     bits.
     """
 
-    name: ClassVar[str] = "spread"
+    name: ClassVar[str] = "max-entropy"
 
     floor: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least squared response change relative to the outputs' own squares; above 0 it needs images.
@@ -48,14 +48,14 @@ class Spread(MeasuredPlacement):
         if not self.floor:
             return grow(ledger, {}, _bits_per_price)
         most = caps(ledger, self.widest)
-        candidates = self.candidates(original, rng, most)
+        candidates = self.candidates(original, rng, most, " with a floor")
         least = climb(candidates, ledger, {}, enough=self.floor)
         chosen = grow(ledger, least, _bits_per_price, most)
         reached = candidates.response(chosen).relative
         if not reached >= self.floor:
             raise ConfigError(
-                f"placement 'spread': the budget reaches a relative response of {reached:.3g}, below the "
-                f"floor of {self.floor:.3g}; ask for a lower floor or give a larger budget"
+                f"placement 'max-entropy': the budget reaches a relative response of {reached:.3g}, below "
+                f"the floor of {self.floor:.3g}; ask for a lower floor or give a larger budget"
             )
         return chosen
 
