@@ -9,7 +9,6 @@ from torch import nn
 from attacks.batchnorm_mismatch import BatchnormMismatch, along, mismatch
 from deepenc.analysis.batchnorm import Moments, reestimate
 from deepenc.arena.checks.selftest import selftest
-from deepenc.arena.metrics import checked_scores
 from deepenc.network.sites import Role
 
 
@@ -55,16 +54,6 @@ def test_a_site_sums_over_its_layers(plant):
     far = torch.arange(15, dtype=torch.float64)
     assert torch.allclose(along(site, {"bn1": far}), far.log1p())
     assert along(site, {}) is None
-
-
-def test_overflow_and_constant_channels_are_still_scored(plant):
-    planted = plant(unlabelled=8)
-    with torch.no_grad():
-        planted.case.encrypted.conv1.weight[3] = 0
-        planted.case.encrypted.conv1.weight[5] = 1e38
-        planted.case.encrypted.bn1.running_var[3] = 0
-    claim = BatchnormMismatch(images=8).attack(planted.case)
-    checked_scores(claim.scores, planted.case.sites, "test")
 
 
 def test_without_batch_norm_nothing_is_suspected(plant):

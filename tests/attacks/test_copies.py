@@ -91,15 +91,6 @@ def test_other_precisions(plant, dtype):
     assert planted.auc(scores) == BOTH
 
 
-def test_constant_weights_are_scored(plant):
-    other = release(plant, OTHER, 6)
-    planted = plant(copies=(other,))
-    with torch.no_grad():
-        for tensor in [*planted.case.encrypted.parameters(), *other.encrypted.parameters()]:
-            tensor.zero_()
-    checked_scores(Copies().attack(planted.case).scores, planted.case.sites, "test")
-
-
 def test_the_case_is_left_alone(plant):
     other = release(plant, OTHER, 6)
     planted = plant(copies=(other,))

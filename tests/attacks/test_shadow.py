@@ -163,13 +163,6 @@ def test_a_hardening_gets_the_attackers_images(smooth, images, seen):
     assert Watching.seen == [seen, seen]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_are_scored(smooth, dtype):
-    planted = smooth()
-    planted.case.encrypted.to(dtype)
-    checked_scores(Shadow(**TINY).attack(planted.case).scores, planted.case.sites, "test")
-
-
 def test_sites_of_other_kinds_are_learnt_together(plant):
     # conv1 has BatchNorm, conv2 a bias; the classifier's network has three sites with BatchNorm.
     planted = plant()

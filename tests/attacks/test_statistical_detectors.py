@@ -271,14 +271,6 @@ def test_dead_channels_are_not_suspected(noisy, structured, attack):
     assert (scores >= scores[30]).sum() >= 10
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("attack", ALL, ids=label)
-def test_other_precisions_are_scored_too(noisy, attack, dtype):
-    planted = noisy()
-    planted.case.encrypted.to(dtype)
-    checked_scores(attack.attack(planted.case).scores, planted.case.sites, "test")
-
-
 @pytest.mark.parametrize("attack", ALL, ids=label)
 def test_equal_weights_say_nothing(plant, trained, attack):
     network = _constant(trained)

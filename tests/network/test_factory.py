@@ -133,7 +133,8 @@ def test_arguments_that_say_nothing_and_labels_are_no_harm() -> None:
     arguments = {**TINY, "vocab_size": 20, "_name_or_path": "", "auto_map": None}
     labels = {"id2label": {"0": "N/A", "1": "http://x"}, "label2id": {"N/A": 0, "http://x": 1}}
     factory = Factory.of({**BERT, "arguments": arguments | labels})
-    assert isinstance(factory.build("meta"), nn.Module)
+    config: Any = factory.build("meta").config
+    assert config.vocab_size == 20 and config.id2label == {0: "N/A", 1: "http://x"}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from functools import cached_property
+from functools import cached_property, partial
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
 from deepenc.arena.checks.selftest import selftest
-from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
+from deepenc.arena.checks.tiny import TinySource, Unusual, host_defense, tiny_subject, unusual_subject
 from deepenc.arena.duel import duel, fight, measure
 from deepenc.arena.plan import Cell, Entry, Task
 from deepenc.arena.threat import Threat
@@ -36,6 +37,7 @@ def attack_checks(attack: Attack) -> list[Check]:
         Check("claims the same for the same seed", bench.check_deterministic),
         Check("runs with no more than it says it needs, and is refused with less", bench.check_needs),
         Check("keeps to a budget of nothing", bench.check_budget),
+        *(Check(f"bears {kind}", partial(bench.check_unusual, kind)) for kind in get_args(Unusual)),
         Check("claims the same whatever the key", bench.check_blind),
         Check("sees the planted weakness that it promises to see", bench.check_promise),
     ]
@@ -150,6 +152,13 @@ class Bench:
             raise Broken(
                 f"it spent {case.meter.samples} samples and {case.meter.steps} steps of a budget of nothing"
             )
+
+    def check_unusual(self, kind: Unusual) -> None:
+        """A claim that can be measured."""
+        subject = unusual_subject(kind, max(256, self.threat.labelled + self.threat.unlabelled))
+        encryption = Encryption.of(subject, host_defense(), hashlib.sha256(b"contract").digest())
+        case = self.case(encryption=encryption)
+        measure(self.claim(case), case, encryption, self.attack.name, 64)
 
     def check_blind(self) -> None:
         """The encrypted network stays, the key that the arena holds is another one."""
