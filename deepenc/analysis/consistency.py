@@ -23,7 +23,7 @@ from deepenc.analysis.batchnorm import Moments, batchnorms, distance, stored
 from deepenc.analysis.readers import (
     ENTRIES,
     Consumer,
-    Reader,
+    NormedConsumer,
     contributions,
     groups_of,
     outgoing,
@@ -233,7 +233,7 @@ class _Pass:
     """
 
     network: nn.Module
-    readers: Mapping[str, Sequence[Reader]]
+    readers: Mapping[str, Sequence[NormedConsumer]]
     solve: Solve
     weight: float
     seen: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -272,7 +272,9 @@ class _Pass:
         return torch.stack(costs[1:] or costs).mean(0)
 
 
-def collect(network: nn.Module, site: Site, group: Sequence[Reader], values: Tensor, own: Tensor) -> Evidence:
+def collect(
+    network: nn.Module, site: Site, group: Sequence[NormedConsumer], values: Tensor, own: Tensor
+) -> Evidence:
     """Measure what every channel contributes to the rows behind a site.
 
     Args:

@@ -20,7 +20,7 @@ from deepenc.network.tracing.admit import tensors_in
 
 
 @dataclass(eq=False)
-class Value:
+class RunValue:
     """A tensor of the run.
 
     Attributes:
@@ -31,23 +31,23 @@ class Value:
     """
 
     op: str = ""
-    reads: tuple[Value, ...] = ()
+    reads: tuple[RunValue, ...] = ()
     dims: int = 0
     uses: int = 0
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """A dispatch mode that keeps a `Value` of every tensor, and no tensor."""
+    """A dispatch mode that keeps a `RunValue` of every tensor, and no tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._values = WeakTensorKeyDictionary()
 
-    def value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> RunValue:
         """What is known of a tensor."""
-        known: Value | None = self._values.get(tensor)  # type: ignore[no-untyped-call]
+        known: RunValue | None = self._values.get(tensor)  # type: ignore[no-untyped-call]
         if known is None:
-            known = self._values[tensor] = Value(dims=tensor.dim())
+            known = self._values[tensor] = RunValue(dims=tensor.dim())
         return known
 
     def __torch_dispatch__(
@@ -59,15 +59,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         result = op(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf not in self._values:  # what was changed in place is known
-                self._values[leaf] = Value(op.name().partition(".")[0], tuple(given), leaf.dim())
+                self._values[leaf] = RunValue(op.name().partition(".")[0], tuple(given), leaf.dim())
         return result
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """A call of a module: its input, its output, and whether it did more to that than to make it."""
 
-    given: Value | None
-    made: Value
+    given: RunValue | None
+    made: RunValue
     touched: bool
 
 
@@ -85,7 +85,7 @@ class Run:
     network: nn.Module
     watch: Watch = field(default_factory=Watch)
     returned: list[Tensor] = field(default_factory=list)
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
     names: dict[int, int] = field(default_factory=dict)
 
     @classmethod
@@ -109,7 +109,7 @@ class Run:
         if isinstance(output, Tensor):
             given = self.watch.value(args[0]) if args and isinstance(args[0], Tensor) else None
             made = self.watch.value(output)
-            self.calls[path].append(Call(given, made, made.uses > 0))
+            self.calls[path].append(ModuleCall(given, made, made.uses > 0))
 
     def norms(self) -> dict[str, _BatchNorm]:
         """The BatchNorm layers by path."""
@@ -169,7 +169,7 @@ class Run:
             self.watch.value(tensor).uses > 1 for tensor in tensors
         )
 
-    def _multiplies(self, layer: _ConvNd | nn.Linear, made: Value) -> bool:
+    def _multiplies(self, layer: _ConvNd | nn.Linear, made: RunValue) -> bool:
         """Whether an output, its channels in dimension 1, is a product with the layer's weight, plus bias."""
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is None or made.dims != weight.dim() or len(made.reads) != 2 + (bias is not None):
@@ -182,7 +182,7 @@ class Run:
         product = made.op in ("aten::addmm", "aten::mm") and last.op == "aten::t" and last.uses == 1
         return product and last.reads[0] is self.watch.value(weight)
 
-    def _normalises(self, norm: _BatchNorm, called: Call, made: Value) -> bool:
+    def _normalises(self, norm: _BatchNorm, called: ModuleCall, made: RunValue) -> bool:
         """Whether a call normalised a layer's output by the running statistics, and did nothing else."""
         own = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
         reads = (made, *map(self.watch.value, own))

@@ -8,7 +8,7 @@ aligns the weights of the sites after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deepenc.network.sites import Role, Site, Slot, broadcast
+from deepenc.network.structure import State
 from deepenc.network.surgery import narrow_sites
 
-State = Mapping[str, Tensor]
 Pairs = tuple[Tensor, Tensor]
 """Indices in the one network and, in the same order, in the other; int64, on the CPU."""
 

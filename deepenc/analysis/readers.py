@@ -23,7 +23,7 @@ Consumer = _ConvNd | nn.Linear
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class NormedConsumer:
     """A layer that reads a site's channels, and the BatchNorm that normalises what it makes.
 
     Attributes:
@@ -39,7 +39,7 @@ class Reader:
     slot: Slot
 
 
-def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[str, list[Reader]]:
+def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[str, list[NormedConsumer]]:
     """Find what can be checked: the consumers of each site whose outputs go into a BatchNorm.
 
     They are told by their values: the BatchNorm's input holds the consumer's output, alone or concatenated
@@ -85,7 +85,7 @@ def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[s
         )
         if known:
             shared, _ = runs[known[0][0]]
-            result[name] = [Reader(p, *found[p], slot) for p, slot in known if runs[p][0] == shared]
+            result[name] = [NormedConsumer(p, *found[p], slot) for p, slot in known if runs[p][0] == shared]
     return result
 
 

@@ -22,7 +22,7 @@ from deepenc.network.find import find_sites
 from deepenc.network.initial import resetting, seeded
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
-from deepenc.network.surgery import fit
+from deepenc.network.surgery import replace_widened
 from deepenc.seeds import derive, number
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit as train
@@ -114,7 +114,7 @@ class Encryption:
             self.key,
             self.defense,
             example=victim.example,
-            previous=fit(self.subject.victim.model, self.tensors, self.key.layout()),
+            previous=replace_widened(self.subject.victim.model, self.tensors, self.key.layout()),
             secret=secret,
             data=victim.defender.inputs.clone(),
         )
@@ -159,7 +159,7 @@ def fresh(encryption: Encryption, device: torch.device) -> nn.Module:
         name: tensor.to(device, copy=True, memory_format=torch.contiguous_format)
         for name, tensor in encryption.tensors.items()
     }
-    network = fit(encryption.subject.victim.model, tensors, encryption.key.layout())
+    network = replace_widened(encryption.subject.victim.model, tensors, encryption.key.layout())
     for module in network.modules():
         for hooks in (
             module._forward_hooks,

@@ -19,7 +19,7 @@ from deepenc.encryption.tensors import names_in, tensors_of
 from deepenc.errors import ConfigError, PluginError, SiteError
 from deepenc.network.arrangement import Arrangement, proved
 from deepenc.network.structure import State, named_tensors, replace_tensors
-from deepenc.network.surgery import Layout, fit, narrow, widened
+from deepenc.network.surgery import Layout, narrow, replace_widened, widened
 from deepenc.plugins import Plugin
 
 
@@ -85,7 +85,7 @@ def shelter(
     tensors = widened(victim, layout)
     assert defense.weights is not None
     fill(layout, victim, tensors, partial(derived, defense.weights, secret=secret, release=release))
-    network = fit(arranged.model, tensors, layout)
+    network = replace_widened(arranged.model, tensors, layout)
     withheld = _harden(network, layout, arranged, defense.hardening, secret, release)
     return network, _key(network, original, positions, arrangement, withheld, secret)
 
@@ -122,7 +122,7 @@ def follow(
         tensors[name] = torch.where(
             confusion_mask(layout, name, tensor.shape).to(tensor.device), old[name], tensor
         )
-    network = fit(arranged.model, tensors, layout)
+    network = replace_widened(arranged.model, tensors, layout)
     before = old | _true_tensors(key, old)
     last = _last_following(defense, arranged)
     step = defense.hardening[last]

@@ -273,7 +273,7 @@ def widened(tensors: State, layout: Layout) -> dict[str, Tensor]:
 
 def insert(network: nn.Module, layout: Layout) -> nn.Module:
     """A copy of a network with zero-filled confusion channels; the given network is untouched."""
-    return fit(network, widened(named_tensors(network), layout), layout)
+    return replace_widened(network, widened(named_tensors(network), layout), layout)
 
 
 def remove(network: nn.Module, layout: Layout) -> nn.Module:
@@ -293,10 +293,10 @@ def remove(network: nn.Module, layout: Layout) -> nn.Module:
             raise SiteError(f"the network has no tensor {name!r}; is the key of another network?")
         shape = layout.narrowed_shape(name, state[name].shape)
         tensors[name] = narrow(state[name], layout.kept(name, shape))
-    return fit(network, tensors, layout, inserted=False)
+    return replace_widened(network, tensors, layout, inserted=False)
 
 
-def fit(model: nn.Module, tensors: State, layout: Layout, *, inserted: bool = True) -> nn.Module:
+def replace_widened(model: nn.Module, tensors: State, layout: Layout, *, inserted: bool = True) -> nn.Module:
     """Copy a network's structure around tensors that a layout widened, or that it narrowed again.
 
     Args:

@@ -23,7 +23,7 @@ from deepenc.encryption.response.searched import SearchedPlacement
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
-from deepenc.network.surgery import fit
+from deepenc.network.surgery import replace_widened
 
 HALVINGS = 40
 """Of the interval in which the shift is sought that keeps strengths within the budget."""
@@ -90,7 +90,7 @@ class Gradient(SearchedPlacement):
     ) -> dict[str, float]:
         """Site name to its strength."""
         tensors, layout = filled(original, self.weights, rng, most)
-        network = fit(original.model, tensors, layout).eval()
+        network = replace_widened(original.model, tensors, layout).eval()
         own, sites = named_tensors(network), layout.widened_sites()
         target = outputs(original.model, inputs, self.batch_size)
         logits = {name: torch.zeros((), device=inputs.device) for name in most}

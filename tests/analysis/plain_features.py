@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
-from deepenc.analysis.features import SIDES, Channels
+from deepenc.analysis.features import SIDES, SiteChannels
 from deepenc.analysis.features.relations import PAIRS
 from deepenc.network.sites import Role, Site
 
@@ -148,7 +148,7 @@ class Plain:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], site: Site) -> None:
-        self.channels = Channels(tensors, site)
+        self.channels = SiteChannels(tensors, site)
         sides = {"in": self.channels.incoming, "out": self.channels.outgoing}
         self.width = site.width
         self.sides = {

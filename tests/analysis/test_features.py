@@ -8,7 +8,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from deepenc.analysis.features import CHANNELS, NAMES, SIDES, Channels, features, parts, robust, standardised
+from deepenc.analysis.features import (
+    CHANNELS,
+    NAMES,
+    SIDES,
+    SiteChannels,
+    features,
+    parts,
+    robust,
+    standardised,
+)
 from deepenc.analysis.features.ranks import decode, distances, encode
 from deepenc.errors import ConfigError, SiteError
 from deepenc.network.find import find_sites
@@ -70,7 +79,7 @@ def test_every_statistic_is_the_loops(name):
 
 
 def test_what_the_table_reads_are_the_slots_entries():
-    channels, given = Channels(tensors(), SITE), tensors()
+    channels, given = SiteChannels(tensors(), SITE), tensors()
     (conv,), (after, linear) = channels.incoming.parts, channels.outgoing.parts
     for part, expected in (
         (conv, given["conv"][3].flatten()),
@@ -251,7 +260,7 @@ def test_large_slots_are_thinned_by_whole_partners(monkeypatch):
     thin = features(tensors(), [SITE])["site"]
     assert torch.equal(thin["norm_in"], whole["norm_in"])
     assert not torch.equal(thin["roughness_in"], whole["roughness_in"])
-    (conv,) = Channels(tensors(), SITE).incoming.parts
+    (conv,) = SiteChannels(tensors(), SITE).incoming.parts
     assert conv.values.shape == (WIDTH, 3, 1, 3, 3)
     kept = tensors()["conv"][:, [0, 2, 4]]
     assert torch.allclose(conv.values[:, :, 0], kept / kept.square().mean().sqrt())

@@ -4,7 +4,7 @@
 the kernels of each channel of a site are.
 """
 
-from deepenc.analysis.features.parts import Channels, Part, Side
+from deepenc.analysis.features.parts import Part, Side, SiteChannels
 from deepenc.analysis.features.table import (
     CHANNELS,
     NAMES,
@@ -19,9 +19,9 @@ __all__ = [
     "CHANNELS",
     "NAMES",
     "SIDES",
-    "Channels",
     "Part",
     "Side",
+    "SiteChannels",
     "Table",
     "features",
     "robust",

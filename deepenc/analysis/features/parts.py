@@ -157,7 +157,7 @@ class Side:
         return self.directions @ self.directions.T
 
 
-class Channels:
+class SiteChannels:
     """What the statistics of a site read.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepenc.analysis.features import relations, statistics
-from deepenc.analysis.features.parts import Channels, Side
+from deepenc.analysis.features.parts import Side, SiteChannels
 from deepenc.errors import ConfigError, near
 from deepenc.network.sites import Site
 
@@ -30,7 +30,7 @@ SIDES: Mapping[str, Callable[[Side], Tensor | None]] = {
 }
 """Statistics of one side: ``NAME_in`` of the incoming weights, ``NAME_out`` of the outgoing ones."""
 
-CHANNELS: Mapping[str, Callable[[Channels], Tensor | None]] = {
+CHANNELS: Mapping[str, Callable[[SiteChannels], Tensor | None]] = {
     "bias": relations.bias,
     "scale": relations.scale,
     "shift": relations.shift,
@@ -104,7 +104,7 @@ def features(
     tables = {}
     with torch.no_grad():
         for site in sites:
-            channels = Channels(tensors, site)
+            channels = SiteChannels(tensors, site)
             found = {name: values for name in names if (values := _statistic(name, channels)) is not None}
             columns = [_filled(values) for values in found.values()]
             values = torch.stack(columns, dim=1) if columns else torch.empty(site.width, 0).double()
@@ -112,7 +112,7 @@ def features(
     return tables
 
 
-def _statistic(name: str, channels: Channels) -> Tensor | None:
+def _statistic(name: str, channels: SiteChannels) -> Tensor | None:
     if name in CHANNELS:
         return CHANNELS[name](channels)
     name, _, end = name.rpartition("_")

@@ -24,7 +24,7 @@ from deepenc.files import open_file, whole_file
 from deepenc.network.factory import Factory
 from deepenc.network.limits import Limits
 from deepenc.network.sites import Site
-from deepenc.network.surgery import Layout, fit, narrow
+from deepenc.network.surgery import Layout, narrow, replace_widened
 
 TENSORS = "model.safetensors"
 
@@ -108,7 +108,7 @@ class Checkpoint:
         for names in shared(self.tensors):
             copies |= dict.fromkeys(names, self.tensors[names[0]].clone())
         try:
-            return fit(structure, copies, Layout.appended(self.sites, self.configuration))
+            return replace_widened(structure, copies, Layout.appended(self.sites, self.configuration))
         except SiteError as error:
             raise CheckpointError(f"the header does not fit the network: {error}; {REMEDY}") from error
 

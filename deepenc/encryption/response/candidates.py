@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from deepenc.encryption.defense import Allocation, Neurons, Original, Weights
 from deepenc.encryption.defense import filled as weights_of
 from deepenc.encryption.filling.inputs import draw
-from deepenc.encryption.response.measure import Measure, Reader
+from deepenc.encryption.response.measure import Measure, ResponseReader
 from deepenc.encryption.response.objective import Response
-from deepenc.encryption.response.replay import Program, State, UnfitError
+from deepenc.encryption.response.replay import Program, ReplayState, UnfitError
 from deepenc.encryption.shelter import fill
 from deepenc.encryption.tensors import tensors_of
 from deepenc.errors import ConfigError
 from deepenc.network.proving.probe import as_widened
 from deepenc.network.structure import named_tensors
-from deepenc.network.surgery import Layout, fit, narrow, widened
+from deepenc.network.surgery import Layout, narrow, replace_widened, widened
 
 
 class Candidates:
@@ -72,15 +72,15 @@ class Candidates:
             for slot in site.slots:
                 self._slots[slot.tensor].append((site, layout.widened_slot(slot)))
         self.batches = torch.split(images, batch_size)
-        self._reader = Reader(original.model, measure, self.batches[0])
+        self._reader = ResponseReader(original.model, measure, self.batches[0])
         with torch.no_grad():
             self._clean = [self._reader(self._model, batch) for batch in self.batches]
         self._norm = sum(clean.square().sum().item() for clean in self._clean)
         self._parts: dict[Hashable, Tensor] = {}
         self._base_parts: dict[Hashable, Tensor] = {}
         self._last: tuple[Allocation, Response] | None = None
-        self._base_state: State | None = None
-        self._last_state: State | None = None
+        self._base_state: ReplayState | None = None
+        self._last_state: ReplayState | None = None
         self._program = self._prepared(cache)
 
     @classmethod
@@ -127,7 +127,7 @@ class Candidates:
             ConfigError: More channels than were filled, or fewer than none.
         """
         self._check(allocation)
-        network = fit(self._model, self._tensors(allocation), self._layout_of(allocation))
+        network = replace_widened(self._model, self._tensors(allocation), self._layout_of(allocation))
         as_widened(network, self._filled)
         return network
 

@@ -27,7 +27,7 @@ Measure = Annotated[str, AfterValidator(_known)]
 its last ``Linear`` (``features``), or what comes out of a layer (``features:layer3``)."""
 
 
-class Reader:
+class ResponseReader:
     """Reads what is compared out of a network.
 
     The last Linear is the one that the victim calls last; a layer that is called several times counts as

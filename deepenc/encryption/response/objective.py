@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.encryption.cost.costs import Memory
-from deepenc.encryption.response.measure import Measure, Reader
+from deepenc.encryption.response.measure import Measure, ResponseReader
 from deepenc.errors import ConfigError
 from deepenc.network.surgery import Layout
 
@@ -58,7 +58,7 @@ def response_change(
     """
     if len(inputs) == 0 or batch_size < 1:
         raise ConfigError(f"expected images in batches, got {len(inputs)} images, {batch_size} a batch")
-    reader = Reader(original, measure, inputs[:1])
+    reader = ResponseReader(original, measure, inputs[:1])
     distance = squared = norm = 0.0
     with torch.no_grad():
         for batch in torch.split(inputs, batch_size):

@@ -55,7 +55,7 @@ class Call:
 
 
 @dataclass
-class State:
+class ReplayState:
     """Results of all operators on all batches for one allocation."""
 
     counts: dict[str, int]
@@ -132,8 +132,8 @@ class Program:
         counts: dict[str, int],
         tensors: Mapping[str, Tensor],
         batches: Sequence[Tensor],
-        known: Sequence[State],
-    ) -> State:
+        known: Sequence[ReplayState],
+    ) -> ReplayState:
         """Run the operators, those alone that have other results than in a known state.
 
         Args:
@@ -160,9 +160,9 @@ class Program:
                 kwargs = {k: _filled(arg, results, tensors, batch, sizes) for k, arg in call.kwargs.items()}
                 results[node] = call.op(*args, **kwargs)
             found.append(results)
-        return State(counts, found)
+        return ReplayState(counts, found)
 
-    def outputs(self, state: State) -> list[Tensor]:
+    def outputs(self, state: ReplayState) -> list[Tensor]:
         """What is wanted of the network for each batch."""
         node, part, _ = self._out
         outs = [results[node] for results in state.results]

@@ -12,7 +12,7 @@ from deepenc.encryption.filling.stealth import Disguise, _statistics, _table, pe
 from deepenc.network.gates import Gated
 from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors
-from deepenc.network.surgery import Layout, fit, widen, widened
+from deepenc.network.surgery import Layout, replace_widened, widen, widened
 
 Net = tuple[nn.Module, Tensor, tuple[Site, ...]]
 FORGED = {"0": (0, 7, 21), "3": (5, 6, 40, 41)}
@@ -33,7 +33,7 @@ def crowd(planted: Net) -> tuple[nn.Module, Layout, Tensor]:
         tensors[name] = torch.where(confusion_mask(layout, name, tensor.shape), noise, tensor)
     inputs = torch.randn(6, 3, 4, 4, generator=generator)
     net[1].running_var.clamp_(0.5)
-    return fit(net, tensors, layout).eval(), layout, inputs
+    return replace_widened(net, tensors, layout).eval(), layout, inputs
 
 
 def test_the_mask_is_what_inserting_leaves_empty(planted: Net) -> None:
@@ -230,7 +230,7 @@ def test_looks_are_distributed_as_those_of_real_channels(planted: Net) -> None:
     state["1.weight"].copy_(2 * sizes)
     layout = Layout(sites, {"0": tuple(range(20, 320)), "3": ()})
     tensors = widened(state, layout)
-    network = fit(net, tensors, layout).eval()
+    network = replace_widened(net, tensors, layout).eval()
     disguise = Disguise(named_tensors(network), layout, np.random.default_rng(0))
     found = {
         slot.tensor: each for (_, slot), (each, _) in disguise.target_norms(named_tensors(network)).items()

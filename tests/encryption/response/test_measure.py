@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.encryption.encrypt import encrypt
-from deepenc.encryption.response.measure import Reader
+from deepenc.encryption.response.measure import ResponseReader
 from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
@@ -171,4 +171,4 @@ def test_features_of_networks_whose_outputs_are_no_tensor() -> None:
 @pytest.mark.parametrize("text", ["", "l3", "features:", "logits:head", ":head", "Features"])
 def test_measures_that_there_are_not(text: str) -> None:
     with pytest.raises(ConfigError, match=r"expected 'logits', .*'features:NAME'.*got"):
-        Reader(nn.Linear(1, 1).eval(), text, torch.ones(1, 1))
+        ResponseReader(nn.Linear(1, 1).eval(), text, torch.ones(1, 1))
