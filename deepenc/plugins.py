@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import re
 import reprlib
 import sys
 from abc import ABC
@@ -35,6 +36,7 @@ GROUPS = {
 }
 
 _PREFIX = "deepenc_plugin_"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Spec = str | Mapping[str, Any]
 """A plugin as text: ``"name"``, ``"name:field=value,..."`` or ``{"name": ..., field: value}``."""
@@ -63,10 +65,16 @@ class Plugin(BaseModel, ABC):
         if isinstance(data, cls):
             return data
         if not getattr(cls, "name", ""):  # an interface: the data name the plugin
-            built = build(cls.kind, data)
-            assert isinstance(built, cls)
-            return built
+            return cls.build(data)
         return handler(data)
+
+    @classmethod
+    def build(cls, spec: Any) -> Self:
+        """Make a plugin of this interface from its `Spec`; raises as the function `build` does."""
+        built = build(cls.kind, spec)
+        if not isinstance(built, cls):
+            raise PluginError(f"expected {cls.kind} plugins of {cls.__name__}, got {type(built).__name__}")
+        return built
 
     @classmethod
     def summary(cls) -> str:
@@ -146,8 +154,10 @@ def get(kind: str, name: str) -> Any:
             "repair or uninstall the package that declares it"
         ) from error
     cls = found if inspect.isclass(found) else type(found)
-    if not issubclass(cls, BaseModel) or getattr(cls, "kind", None) != kind or inspect.isabstract(cls):
-        raise PluginError(f"entry point {point.value} is not a complete {kind}; see docs/")
+    if not issubclass(cls, BaseModel) or getattr(cls, "kind", None) != kind:
+        raise PluginError(f"entry point {point.value} is no {kind}: subclass the interface; see docs/")
+    if issubclass(cls, Plugin):
+        _check(cls, point.value)
     if getattr(found, "name", None) != name:
         raise PluginError(
             f"{kind} {name!r} ({point.value}) calls itself {getattr(found, 'name', None)!r}; "
@@ -260,17 +270,65 @@ def register(cls: type[Plugin], source: str) -> None:
         source: Where it comes from, for messages.
 
     Raises:
-        PluginError: It has no name, or the name is taken.
+        PluginError: It has no name, or the name is taken, or its methods do not fit the interface.
     """
+    _check(cls, source)
+    name = cls.name
+    taken = _loaded.get((cls.kind, name))
+    if (taken is not None and taken.__module__ != cls.__module__) or name in _declared(cls.kind):
+        raise PluginError(f"{source}: the {cls.kind} name {name!r} is taken; choose another")
+    _loaded[cls.kind, name] = cls
+
+
+def _check(cls: type[Plugin], source: str) -> None:
+    """Refuse a class whose name or methods do not fit its interface, before anything of it runs."""
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not name:
         raise PluginError(
             f'{source}: {cls.__name__} needs a name; add `name: ClassVar[str] = "..."` to the class'
         )
-    taken = _loaded.get((cls.kind, name))
-    if (taken is not None and taken.__module__ != cls.__module__) or name in _declared(cls.kind):
-        raise PluginError(f"{source}: the {cls.kind} name {name!r} is taken; choose another")
-    _loaded[cls.kind, name] = cls
+    if not _NAME.fullmatch(name):
+        raise PluginError(
+            f"{source}: {cls.__name__} is called {name!r}; expected letters, digits, '-', '_' and '.' only: "
+            "configurations name plugins in a line of text"
+        )
+    interface = next(base for base in cls.__mro__ if "kind" in vars(base))
+    for method, promised in vars(interface).items():
+        own = inspect.getattr_static(cls, method)
+        if method.startswith("_") or own is promised:
+            if getattr(promised, "__isabstractmethod__", False):
+                wanted = f"{method}{_parameters(promised)}"
+                raise PluginError(
+                    f"{source}: {cls.kind} {name!r} has no method {wanted}; add it to {cls.__name__}"
+                )
+        elif isinstance(promised, property) and inspect.isfunction(own):
+            raise PluginError(
+                f"{source}: {cls.kind} {name!r} defines {method} as a method; put @property in front of it"
+            )
+        elif inspect.isfunction(promised) and not _takes(own, promised):
+            given = _parameters(own) if inspect.isfunction(own) else f", a {type(own).__name__}"
+            raise PluginError(
+                f"{source}: {cls.kind} {name!r} has the method {method}{given}; the arena calls it as "
+                f"{method}{_parameters(promised)}: give {cls.__name__}.{method} these parameters"
+            )
+
+
+def _parameters(function: Any) -> str:
+    return f"({', '.join(inspect.signature(function).parameters)})"
+
+
+def _takes(own: Any, promised: Any) -> bool:
+    """Whether a method can be called as the interface's is."""
+    if not inspect.isfunction(own):
+        return False
+    wanted = inspect.signature(promised).parameters.values()
+    places = [p for p in wanted if p.kind is not p.KEYWORD_ONLY]
+    names = [p.name for p in wanted if p.kind is p.KEYWORD_ONLY]
+    try:
+        inspect.signature(own).bind(*places, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
 
 
 def load_file(path: str | Path) -> list[type[Plugin]]:
@@ -292,10 +350,13 @@ def load_file(path: str | Path) -> list[type[Plugin]]:
         if inspect.isclass(cls)
         and issubclass(cls, Plugin)
         and cls.__module__ == module_name
-        and not inspect.isabstract(cls)
+        and (not inspect.isabstract(cls) or "name" in vars(cls))  # without a name, a base for others
     ]
     if not found:
-        raise PluginError(f"{path} defines no plugin; subclass Attack, Placement, Weights or Hardening")
+        raise PluginError(
+            f"{path} defines no plugin; subclass Attack, Placement, Weights, Hardening or VictimSource, and "
+            "give the class a name"
+        )
     for cls in found:
         register(cls, str(path))
     return found
@@ -315,7 +376,7 @@ def _import(module_name: str, path: Path) -> ModuleType:
     sys.modules[module_name] = module  # pydantic resolves annotations through it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise PluginError(f"{path} does not import: {type(error).__name__}: {error}") from error
     return module

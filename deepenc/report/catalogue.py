@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepenc.arena.case import Attack
 from deepenc.arena.threat import Needs
-from deepenc.plugins import build, get, names
+from deepenc.plugins import get, names
 from deepenc.report.format import ABSENT, markdown_table
 
 
@@ -12,8 +12,7 @@ def attacks() -> str:
     """A table of all registered attacks: what each does, what it needs at least, what it promises to see."""
     rows = [["attack", "what it does", "needs", "must see"]]
     for name in names("attack"):
-        attack = build("attack", name)
-        assert isinstance(attack, Attack)
+        attack = Attack.build(name)
         rows.append([f"`{name}`", attack.summary(), needed(attack.needs), attack.detects or ABSENT])
     return markdown_table(rows) + "\n"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepenc.errors import ConfigError
 from deepenc.network.factory import Factory
-from deepenc.plugins import Plugin, build, parse
+from deepenc.plugins import Plugin, parse
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +133,7 @@ def source_of(text: str) -> VictimSource:
             f"expected a victim, such as digits-resnet, torchvision:resnet18 or my_models:build, got {text!r}"
         )
     if first and "=" not in first:
-        source = build("victim", parse(f"network:{fields}") | {"factory": f"{head}:{first}"})
+        source = VictimSource.build(parse(f"network:{fields}") | {"factory": f"{head}:{first}"})
     else:
-        source = build("victim", text)
-    assert isinstance(source, VictimSource)
+        source = VictimSource.build(text)
     return source
