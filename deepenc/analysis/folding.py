@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from deepenc.analysis.following import Run
 from deepenc.errors import TraceError
-from deepenc.network.calling import first_line
+from deepenc.network.guard import first_line
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.tracing.admit import admit
 

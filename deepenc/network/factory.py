@@ -32,7 +32,7 @@ from pydantic import (
 from torch import nn
 
 from deepenc.errors import CheckpointError, ConfigError, near
-from deepenc.network.calling import first_line
+from deepenc.network.guard import first_line
 from deepenc.network.limits import Limits
 from deepenc.plugins import explain
 

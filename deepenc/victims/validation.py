@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
-from deepenc.network.calling import first_line
+from deepenc.network.guard import first_line
 from deepenc.victims.data.splits import shared
 from deepenc.victims.victim import Images, Victim
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deepenc.errors import VictimError
-from deepenc.network.calling import first_line
+from deepenc.network.guard import first_line
 from deepenc.victims.data.images import expect_file
 
 log = logging.getLogger(__name__)

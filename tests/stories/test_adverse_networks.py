@@ -207,7 +207,7 @@ def _moved(site: Site) -> Site:
 
 
 def check_other_values(plan: Plan, trick: Trick, model: nn.Module, layout: Layout, x: Tensor) -> None:
-    """From disk: the victim's tensors in the structure that the same code makes, with other weights at first."""
+    """From disk: the victim's tensors in a structure that the same code makes, first with other weights."""
     widened = insert(model, layout)
     elsewhere = replace_tensors(Adverse(plan, trick, seed=1), named_tensors(widened))
     assert bits(outputs_of(elsewhere, x)) == bits(outputs_of(widened, x))
@@ -250,8 +250,4 @@ def test_adverse_networks() -> None:
 def test_many_adverse_networks() -> None:
     found = run(2000)
     worth = sum(bool(sites) for _, sites in found)
-    print(f"{len(found)} networks, {worth} with sites, {sum(s is None for _, s in found)} refused")
-    for habit in set(HABITS):
-        kinds = [sites for trick, sites in found if trick.habit == habit]
-        print(habit, len(kinds), sum(bool(sites) for sites in kinds))
     assert worth >= len(found) / 8

@@ -15,7 +15,7 @@ from deepenc.network.guard import first_line
 from deepenc.network.proving.reference import Expected, pristine, shared
 from deepenc.network.sites import Role, Setting, Site
 from deepenc.network.structure import named_tensors
-from deepenc.network.surgery import Layout, fit, widened
+from deepenc.network.surgery import Layout, replace_widened, widened
 
 
 def probe(
@@ -60,7 +60,9 @@ def _widened(model: nn.Module, layout: Layout) -> nn.Module:
     own = named_tensors(model)
     wide = widened(own, layout)
     replaced = {id(own[name]) for name in wide}  # a tied tensor has several names, one of them in the layout
-    return fit(model, {n: t for n, t in shared(model).items() if id(own[n]) not in replaced} | wide, layout)
+    return replace_widened(
+        model, {n: t for n, t in shared(model).items() if id(own[n]) not in replaced} | wide, layout
+    )
 
 
 def _scattered(width: int, count: int, generator: torch.Generator) -> tuple[int, ...]:

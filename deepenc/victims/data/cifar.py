@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepenc.errors import VictimError
-from deepenc.network.calling import first_line
+from deepenc.network.guard import first_line
 from deepenc.victims.data.datasets import DEVIATION, MEAN, Dataset, identity, order
 from deepenc.victims.data.splits import digests
 from deepenc.victims.victim import Images

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from deepenc.errors import VictimError
-from deepenc.network.calling import first_line
+from deepenc.network.guard import first_line
 
 log = logging.getLogger(__name__)
 

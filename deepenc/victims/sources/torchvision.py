@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from deepenc.errors import VictimError, near
-from deepenc.network.calling import first_line
 from deepenc.network.factory import Factory
+from deepenc.network.guard import first_line
 from deepenc.victims.data.images import class_folders, content, opened
 from deepenc.victims.data.splits import digests, fingerprint, split
 from deepenc.victims.victim import Images, Victim, VictimSource
