@@ -64,7 +64,7 @@ class Plugin(BaseModel, ABC):
     def _from_spec(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
         if isinstance(data, cls):
             return data
-        if not getattr(cls, "name", ""):  # an interface: the data name the plugin
+        if "kind" in vars(cls) or inspect.isabstract(cls):  # an interface: the data name the plugin
             return cls.build(data)
         return handler(data)
 

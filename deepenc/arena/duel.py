@@ -16,11 +16,10 @@ from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.arena.plan import Task
 from deepenc.arena.provenance import Clock
-from deepenc.arena.reasons import explain
 from deepenc.arena.record import Accuracy, Cost, Detection, Record
 from deepenc.arena.residue import Surroundings
 from deepenc.arena.threat import Meter, Threat, close
-from deepenc.errors import ClaimError, OutOfBudget
+from deepenc.errors import ClaimError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.seeds import derive, isolated, number
 from deepenc.victims.victim import Images, Victim

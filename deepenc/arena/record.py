@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from deepenc.arena.reasons import clean
+from deepenc.errors import clean
 
 Reason = Annotated[str, BeforeValidator(lambda text: clean(text) if isinstance(text, str) else text)]
 """Text of limited length that every database and terminal takes."""

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from deepenc.arena.record import Record
 from deepenc.errors import ConfigError, DeepencError, StoreError
 from deepenc.seeds import Roots, derive, number, random_root
-from deepenc.study.sampling import distribution, identity, sampler
 from deepenc.study.search import RISING, Search
+from deepenc.study.space import distribution, identity
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -115,7 +115,9 @@ def open_study(search: Search, folder: Path, database: str | None = None) -> Stu
         # After what is stored, so that a resumed search does not draw its first trials again.
         roots = Roots.fromhex(study.user_attrs["root"])
         seed = number(derive(roots.attackers, "sampler", len(study.get_trials(deepcopy=False))))
-        study.sampler = sampler(search, seed % 2**32, parallel=True)  # no more bits than Optuna takes
+        from deepenc.study.sampling import sampler
+
+    study.sampler = sampler(search, seed % 2**32, parallel=True)  # no more bits than Optuna takes
     return study
 
 

@@ -13,8 +13,8 @@ from deepenc.processes.child import Handler, Tell, prepare
 from deepenc.processes.pool import Jobs
 from deepenc.seeds import Roots
 from deepenc.study.owners import alive
-from deepenc.study.sampling import identity, points
 from deepenc.study.search import Search
+from deepenc.study.space import identity, points
 from deepenc.study.storage import storing
 from deepenc.study.trials import Evaluator, Result
 

@@ -12,8 +12,8 @@ from deepenc.arena.checks.tiny import TinySource, tiny_subject
 from deepenc.config import load_search
 from deepenc.errors import ConfigError
 from deepenc.plugins import _loaded, register
-from deepenc.study.sampling import every, identity, points
 from deepenc.study.search import Search, size
+from deepenc.study.space import every, identity, points
 from deepenc.study.trials import ordered, tuning_part
 
 

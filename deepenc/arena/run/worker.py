@@ -12,9 +12,8 @@ from deepenc.arena.case import Attack
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.duel import duel
 from deepenc.arena.plan import Cell, Task
-from deepenc.arena.reasons import explain
 from deepenc.arena.record import Record
-from deepenc.errors import DeepencError
+from deepenc.errors import DeepencError, explain
 from deepenc.processes.child import Handler, Tell, prepare
 from deepenc.victims.validation import validated
 from deepenc.victims.victim import Victim, VictimSource

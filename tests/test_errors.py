@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepenc.arena.reasons import LIMIT, clean, explain
+from deepenc.errors import LIMIT, clean, explain
 
 
 class Unspeakable(Exception):
