@@ -29,8 +29,15 @@ class Kinds(StrEnum):
         return "weights" if self is Kinds.WEIGHTS else self.removesuffix("s")
 
 
+def _kinds(text: str) -> Kinds:
+    try:
+        return Kinds(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {near(text, [kind.value for kind in Kinds])}") from error
+
+
 def list_plugins(
-    what: Annotated[Kinds, typer.Argument(help="What to list.")],
+    what: Annotated[Kinds, typer.Argument(parser=_kinds, metavar="WHAT", help=f"One of {', '.join(Kinds)}.")],
     plugin: PluginOption = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="As a table, attacks with what they need and must see.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -13,6 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from deepenc.arena.plan import Cell
 from deepenc.arena.record import Record
 from deepenc.arena.run.progress import Progress as Watcher
+from deepenc.study.outcome import measured
+from deepenc.study.search import Search
+from deepenc.study.trials import Result
+from deepenc.study.workers import Progress as Trials
 
 PAUSE = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -112,6 +117,29 @@ class Bar(Watcher):
         now = f"{describe(self._running[0][0])} ({self._running[0][1]:.0f} s)" if self._running else ""
         more = f" (+{len(self._running) - 1})" if len(self._running) > 1 else ""
         self._bar.update(self._task, now=now + more, left=self._estimate.left())
+
+
+class TrialLines(Trials):
+    """Prints a line for each trial of a search."""
+
+    def __init__(self, console: Console, search: Search) -> None:
+        self._console, self._search, self._total = console, search, search.trials
+
+    def planned(self, total: int, finished: int) -> None:
+        """See `deepenc.study.workers.Progress`."""
+        self._console.print(f"{total} trials, {finished} of them finished before", soft_wrap=True)
+
+    def finished(self, number: int, values: Mapping[str, Any], result: Result) -> None:
+        """See `deepenc.study.workers.Progress`."""
+        reached = ", ".join(
+            f"{objective} {measured(objective, value)}"
+            for objective, value in zip(self._search.objectives, result.values, strict=False)
+        )
+        told = result.reason.strip().splitlines() or [""]
+        said = reached or told[-1 if told[0].startswith("Traceback") else 0]
+        tried = ", ".join(f"{field}={value}" for field, value in values.items())
+        text = f"trial {number + 1}/{self._total} {result.state}: {said}; {tried}"
+        self._console.print(text, markup=False, soft_wrap=True)
 
 
 def describe(cell: Cell) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,7 +15,6 @@ from deepenc.errors import StoreError
 if TYPE_CHECKING:
     from deepenc.arena.estimates import Estimate
     from deepenc.study.search import Search
-    from deepenc.study.trials import Result
     from deepenc.study.tuning import Tuned
 
 TABLES = "tuning.txt"
@@ -44,7 +42,7 @@ def tune(
 
     Example: deepenc tune configs/tune_digits.yaml --workers 2
     """
-    from deepenc.cli.progress import watch
+    from deepenc.cli.progress import TrialLines, watch
     from deepenc.config import load_search
     from deepenc.plugins import load_file
     from deepenc.study import tuning
@@ -67,7 +65,7 @@ def tune(
                 workers=workers,
                 plugin_files=plugin or (),
                 database=database,
-                progress=_Lines(console, search),
+                progress=TrialLines(console, search),
                 watcher=watcher,
             )
     except KeyboardInterrupt:
@@ -85,30 +83,6 @@ def tune(
         f"best      {best}\ntables    {folder / TABLES}\npictures  {len(pictures)} in {folder}",
         markup=False,
     )
-
-
-class _Lines:
-    """Prints a line for each trial."""
-
-    def __init__(self, console: Console, search: Search) -> None:
-        self._console, self._search, self._total = console, search, search.trials
-
-    def planned(self, total: int, finished: int) -> None:
-        """See `deepenc.study.workers.Progress`."""
-        self._console.print(f"{total} trials, {finished} of them finished before", soft_wrap=True)
-
-    def finished(self, number: int, values: Mapping[str, Any], result: Result) -> None:
-        """See `deepenc.study.workers.Progress`."""
-        from deepenc.study.outcome import measured
-
-        reached = ", ".join(
-            f"{objective} {measured(objective, value)}"
-            for objective, value in zip(self._search.objectives, result.values, strict=False)
-        )
-        said = reached or result.reason.strip().rpartition("\n")[2]
-        tried = ", ".join(f"{field}={value}" for field, value in values.items())
-        text = f"trial {number + 1}/{self._total} {result.state}: {said}; {tried}"
-        self._console.print(text, markup=False, soft_wrap=True)
 
 
 def _show(search: Search, tuned: Tuned, console: Console) -> None:

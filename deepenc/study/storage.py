@@ -100,7 +100,7 @@ def open_study(search: Search, folder: Path, database: str | None = None) -> Stu
     where = place_of(folder, database)
     with storing(where):
         study = optuna.create_study(
-            storage=database or _journal(folder),
+            storage=_journal(folder) if database is None else database,
             study_name=search.name,
             directions=["maximize" if o in RISING else "minimize" for o in search.objectives],
             load_if_exists=True,

@@ -23,7 +23,7 @@ from deepenc.study.owners import new_owner, retire
 from deepenc.study.search import CHANGEABLE, Search
 from deepenc.study.storage import locked, open_study, place_of, storing
 from deepenc.study.trials import Evaluator
-from deepenc.study.workers import Progress, Setup, Silent, TrialQueue, run_inline
+from deepenc.study.workers import Progress, Setup, TrialQueue, run_inline
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -96,8 +96,8 @@ def tune(
             warm_up([worker_side.__name__])  # while the references are measured here
         with _owned() as owner, Pool(setup, workers, folder / OUTPUT) as pool:
             references = _references(study, where, evaluator)
-            told = progress or Silent()
-            queue = TrialQueue(search, study, where, owner if database else None, told, references)
+            told, shared = progress or Progress(), database is not None
+            queue = TrialQueue(search, study, where, owner if shared else None, told, references)
             if workers > 1:
                 pool.run(queue)
             else:

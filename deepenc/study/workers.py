@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from deepenc.arena.record import Record
 from deepenc.processes.child import Handler, Tell, prepare
@@ -27,24 +27,14 @@ Job = tuple["Trial", dict[str, Any]]
 log = logging.getLogger(__name__)
 
 
-class Progress(Protocol):
-    """Is told what a search does."""
+class Progress:
+    """Is told what a search does. This one is silent."""
 
     def planned(self, total: int, finished: int) -> None:
         """Once: trials in all, and those that earlier commands finished."""
 
     def finished(self, number: int, values: Mapping[str, Any], result: Result) -> None:
         """A trial of these values has ended and is stored."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def planned(self, total: int, finished: int) -> None:
-        """See `Progress`."""
-
-    def finished(self, number: int, values: Mapping[str, Any], result: Result) -> None:
-        """See `Progress`."""
 
 
 class TrialQueue(Jobs[Job]):

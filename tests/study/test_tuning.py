@@ -27,7 +27,7 @@ from deepenc.study.search import Search
 from deepenc.study.storage import JOURNAL, locked, open_study
 from deepenc.study.trials import Evaluator, Result
 from deepenc.study.tuning import Tuned, tune
-from deepenc.study.workers import Silent, TrialQueue
+from deepenc.study.workers import Progress, TrialQueue
 
 PLUGIN = '''
 import json, os, signal, time
@@ -231,7 +231,7 @@ def test_one_command_at_a_time(plugin: Path, tmp_path: Path) -> None:
 
 def test_a_trial_that_kills_its_workers_has_failed(plugin: Path, tmp_path: Path) -> None:
     search = Search.model_validate(fields(tmp_path, trials=2))
-    queue = TrialQueue(search, open_study(search, tmp_path), "here", None, Silent())
+    queue = TrialQueue(search, open_study(search, tmp_path), "here", None, Progress())
     first, second = queue.next(), queue.next()
     assert first is not None and second is not None and not queue.left()
     queue.lost(first, "the worker process died 2 times (SIGKILL)")
@@ -251,7 +251,7 @@ def test_a_trial_whose_command_died_goes_on_under_its_number(plugin: Path, tmp_p
         trial.set_user_attr("owner", owner)
         begun.append({axis.field: axis.suggest(trial) for axis in search.space})
         trial.report(1.0, 0)
-    queue = TrialQueue(search, open_study(search, tmp_path), "here", "host|1|2|x", Silent())
+    queue = TrialQueue(search, open_study(search, tmp_path), "here", "host|1|2|x", Progress())
     retire(mine)
     (orphan, values), (other, further) = queue.next() or ((), ()), queue.next() or ((), ())
     assert (orphan.number, values) == (0, begun[0]), "the one whose owner is dead"
