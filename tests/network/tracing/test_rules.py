@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import DeformConv2d, roi_align
 
+from deepenc.network.calling import to_device
 from deepenc.network.find import analyse, find_sites
 from deepenc.network.sites import Role, Slot
 from deepenc.network.tracing.rules.registry import RULES
@@ -43,7 +44,7 @@ class Case:
     """Of the channels of the first layer, ``width`` lie in blocks, from some starts on, here and there."""
 
     build: Callable[[], nn.Module]
-    example: Tensor
+    example: Any
     width: int = 6
     starts: tuple[int, ...] = (0,)
     block: int = 1
@@ -106,6 +107,18 @@ def scattered(h: Tensor) -> Tensor:
     return torch.zeros(7, h.shape[1], device=h.device).scatter_add(0, index, h[source])
 
 
+class Numbered(Between):
+    """Is given the edges of its graph."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Any:
+        return self.last(self.use(self.first(x), edges))
+
+
+def largest(h: Tensor, edges: Tensor) -> Tensor:
+    index = edges[1][:, None].expand(-1, h.shape[1])
+    return torch.zeros_like(h).scatter_reduce(0, index, h[edges[0]], "amax", include_self=False)
+
+
 def gathered(h: Tensor) -> Tensor:
     return h.gather(0, EDGES[0].to(h.device)[:, None].expand(-1, h.shape[1]))
 
@@ -157,6 +170,7 @@ FOUND = {
         example=NODES,
     ),
     "added into zeros of its width": linear(scattered, example=NODES),
+    "largest by number": Case(lambda: Numbered(nn.Linear(5, 6), largest, nn.Linear(6, 2)), (NODES, EDGES)),
     "gathered": linear(gathered, example=NODES),
     "selected": linear(lambda h: h.index_select(0, EDGES[0].to(h.device)), example=NODES),
     "put": linear(put, example=NODES),
@@ -219,7 +233,7 @@ def test_channels_are_followed(name: str) -> None:
     assert (site.name, site.width, site.stream) == ("first", case.width, False)
     assert set(site.slots) == case.slots()
     if case.on_meta:
-        assert find_sites(model.to("meta"), case.example.to("meta")) == [site]
+        assert find_sites(model.to("meta"), to_device(case.example, "meta")) == [site]
 
 
 def tall(h: Tensor) -> Tensor:

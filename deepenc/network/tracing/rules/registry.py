@@ -84,9 +84,10 @@ def beside(
     axes = drop(known, x, [dim], why)
     for other in others:
         theirs = drop(known, other, [dim], why)
-        added = adds and not known.value(x).state and not known.value(other).state
+        active = not known.value(x).state and not known.value(other).state
         for d, axis in enumerate(theirs):
             if d != dim % x.dim() and x.shape[d] == other.shape[d]:
+                added = adds and active and other.is_floating_point()
                 axes[d] = known.axes.tie(axes[d], axis, f"{known.where} {why}", addition=added)
             else:
                 known.axes.fix(axis, f"{known.where} {why}")
