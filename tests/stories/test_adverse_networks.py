@@ -207,7 +207,7 @@ def _moved(site: Site) -> Site:
 
 
 def check_other_values(plan: Plan, trick: Trick, model: nn.Module, layout: Layout, x: Tensor) -> None:
-    """From disk: the victim's tensors in a structure that the same code makes, first with other weights."""
+    """From disk: the tensors in the structure that the same code makes, with other weights at first."""
     widened = insert(model, layout)
     elsewhere = replace_tensors(Adverse(plan, trick, seed=1), named_tensors(widened))
     assert bits(outputs_of(elsewhere, x)) == bits(outputs_of(widened, x))
@@ -249,5 +249,4 @@ def test_adverse_networks() -> None:
 @pytest.mark.long
 def test_many_adverse_networks() -> None:
     found = run(2000)
-    worth = sum(bool(sites) for _, sites in found)
-    assert worth >= len(found) / 8
+    assert sum(bool(sites) for _, sites in found) >= len(found) / 8
