@@ -8,9 +8,9 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -86,11 +86,11 @@ def foreign(name: str, remedy: str = "give an example input that the network acc
         yield
     except DeepencError:
         raise
-    except Exception as error:  # the network's own code may raise anything
+    except (Exception, SystemExit) as error:  # the network's own code may raise anything
         raise TraceError(f"{name}: {type(error).__name__}: {first_line(error)}; {remedy}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an exception says."""
     return (str(error).strip().splitlines() or ["no message"])[0]
 
@@ -126,9 +126,8 @@ def _attributes(kind: type, seen: set[int]) -> Iterator[Restore]:
 
     def restore(tensors: set[int]) -> None:
         for name, value in [*vars(kind).items()]:
-            if value is not (old := before.get(name, before)) and (
-                _holds(value, tensors) or (old is not before and isinstance(value, _PLAIN))
-            ):
+            old = before.get(name, before)
+            if value is not old and (_holds(value, tensors) or isinstance(value, _PLAIN)):
                 delattr(kind, name) if old is before else setattr(kind, name, old)
 
     yield restore
@@ -140,10 +139,26 @@ def _module(module: Any, seen: set[int]) -> Iterator[Restore]:
     """The variables of the module that defines a class or a function."""
     if isinstance(module, ModuleType) and id(module) not in seen:
         seen.add(id(module))
-        yield from _container(vars(module), seen)
+        named = {name for value in [*vars(module).values()] for name in _named_by(value, module.__name__)}
+        yield from _container(vars(module), seen, named)
         for name, value in [*vars(module).items()]:
             if not name.startswith("__"):
                 yield from _value(value, seen)
+
+
+def _named_by(value: Any, module: str) -> Iterator[str]:
+    """Names that the code of a function or of methods uses; other variables may be other threads'."""
+    value = getattr(value, "__func__", getattr(value, "fget", value)) if _is_wrapper(value) else value
+    if isinstance(value, FunctionType):
+        codes = [value.__code__]
+        while codes:
+            code = codes.pop()
+            yield from code.co_names
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    elif isinstance(value, type) and value.__module__ == module:
+        for part in [*vars(value).values()]:
+            if not isinstance(part, type):
+                yield from _named_by(part, module)
 
 
 def _value(value: Any, seen: set[int]) -> Iterator[Restore]:
@@ -156,6 +171,8 @@ def _value(value: Any, seen: set[int]) -> Iterator[Restore]:
         yield from _value(value.__wrapped__, seen)
     elif isinstance(value, FunctionType):
         yield from _function(value, seen)
+    elif isinstance(value, torch.Generator):
+        yield functools.partial(_rewind, value, value.get_state())
     elif isinstance(value, ModuleType) and _is_users(value):
         yield from _module(value, seen)
     elif hasattr(value, "__dict__") and _is_object(value) and id(value) not in seen:
@@ -178,15 +195,22 @@ def _is_users(module: Any) -> bool:
     return bool(path) and "site-packages" not in path and not path.startswith(sys.base_prefix)
 
 
-def _container(value: Any, seen: set[int]) -> Iterator[Restore]:
+def _container(value: Any, seen: set[int], counted: Container[Any] | None = None) -> Iterator[Restore]:
+    """Entries of a container; of its plain values those under the keys `counted`, by default all."""
     if id(value) in seen:
         return
     seen.add(id(value))
-    before = value.copy()
+    before, tensors = value.copy(), set[int]()
 
-    def restore(tensors: set[int]) -> None:
+    def changed(key: Any, part: Any) -> bool:
+        plain = isinstance(part, _PLAIN) and (counted is None or key in counted)
+        return _holds(part, tensors) or (plain and part is not before.get(key, before))
+
+    def restore(made: set[int]) -> None:
+        nonlocal tensors
+        tensors = made
         if isinstance(value, dict):
-            for key in [key for key, part in [*value.items()] if _holds(part, tensors)]:
+            for key in [key for key, part in [*value.items()] if changed(key, part)]:
                 if key in before:
                     value[key] = before[key]
                 else:
@@ -220,6 +244,10 @@ def _function(value: FunctionType, seen: set[int]) -> Iterator[Restore]:
     home = sys.modules.get(value.__module__ or "")
     if _is_users(home):
         yield from _module(home, seen)
+
+
+def _rewind(generator: torch.Generator, state: Tensor, _: set[int]) -> None:
+    generator.set_state(state)
 
 
 def _refill(cell: CellType, content: Any, tensors: set[int]) -> None:

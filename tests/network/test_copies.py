@@ -108,6 +108,16 @@ def held_elsewhere() -> Any:
     return model
 
 
+REGISTRY: dict[str, Any] = {}
+
+
+def registered_elsewhere() -> Any:
+    model = plain()
+    REGISTRY["layer"] = model.second
+    model.use = lambda m, x: m.last(REGISTRY["layer"](m.first(x).relu()).relu())
+    return model
+
+
 def only_a_view() -> Any:
     model = plain()
     model.holder = Holder(model.second.weight.detach()[:, :])
@@ -115,7 +125,7 @@ def only_a_view() -> Any:
     return model
 
 
-@pytest.mark.parametrize("build", [referring_weakly, held_elsewhere, only_a_view])
+@pytest.mark.parametrize("build", [referring_weakly, held_elsewhere, registered_elsewhere, only_a_view])
 def test_computing_with_the_original_is_refused(build: Callable[[], Any]) -> None:
     with pytest.raises(TraceError, match=r"computes with second\.weight of the network that it is a copy of"):
         find_sites(build(), ROW)
@@ -200,9 +210,10 @@ class Lossy(nn.Sequential):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
         self.factor = 1.0
+        self.more = [{"factor": torch.ones(())}]
 
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x * self.factor)
+        return super().forward(x * self.factor * self.more[0]["factor"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lossy:
         return Lossy(*(copy.deepcopy(module, memo) for module in self))
@@ -215,6 +226,10 @@ def test_copies_that_lose_a_number_or_a_hook_are_refused() -> None:
     with pytest.raises(TraceError, match=r"\(Lossy\) cannot be copied: its copy has another 'factor'"):
         find_sites(model, ROW)
     model.factor = 1.0
+    model.more[0]["factor"] += 1
+    with pytest.raises(TraceError, match=r"\(Lossy\) cannot be copied: its copy has another 'more'"):
+        find_sites(model, ROW)
+    model.more[0]["factor"] -= 1
     model.register_forward_hook(lambda _, __, result: result * 2)
     with pytest.raises(
         TraceError, match=r"\(Lossy\) cannot be copied: its copy has another '_forward_hooks'"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -164,8 +166,13 @@ def out_argument(m: Any, x: Tensor) -> Tensor:
     return m.last(m.second(m.first(x).relu()).relu())
 
 
+def through_numpy(m: Any, x: Tensor) -> Tensor:
+    m.second.weight.detach().numpy()[0] *= 0.5
+    return m.last(m.second(m.first(x).relu()).relu())
+
+
 @pytest.mark.parametrize(
-    "use", [norm_in_place, part_in_place, power_iteration, caught, whole_list, out_argument]
+    "use", [through_numpy, norm_in_place, part_in_place, power_iteration, caught, whole_list, out_argument]
 )
 def test_writing_to_weights_is_refused_before_it_happens(use: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
@@ -174,6 +181,59 @@ def test_writing_to_weights_is_refused_before_it_happens(use: Callable[..., Tens
     with pytest.raises(TraceError, match=r"changes its parameter .*weight while it runs"):
         find_sites(model, ROW)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def other_parameter(m: Any, x: Tensor) -> Tensor:
+    m.second.weight = nn.Parameter(m.second.weight * 0.9)
+    return m.last(m.second(m.first(x).relu()).relu())
+
+
+def other_data(m: Any, x: Tensor) -> Tensor:
+    m.second.weight.data = m.second.weight.data * 0.9
+    return m.last(m.second(m.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("use", [other_parameter, other_data])
+def test_putting_other_weights_in_place_is_refused(use: Callable[..., Tensor]) -> None:
+    model = layers(use)[0].eval()
+    before = model.second.weight, model.second.weight.detach().clone()
+    with pytest.raises(TraceError, match=r"another tensor in the place of its parameter second\.weight"):
+        find_sites(model, ROW)
+    assert model.second.weight is before[0] and torch.equal(before[0], before[1])
+
+
+COUNTS = {"calls": 0}
+NOISE = torch.Generator().manual_seed(5)
+
+
+def counting(m: Any, x: Tensor) -> Tensor:
+    COUNTS["calls"] += 1
+    return m.last(m.second(m.first(x).relu()).relu()) * COUNTS["calls"]  # type: ignore[no-any-return]
+
+
+def noisy(m: Any, x: Tensor) -> Tensor:
+    return m.last(m.second(m.first(x).relu()).relu()) + torch.rand(1, generator=NOISE)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("use", [counting, noisy])
+def test_state_of_the_process_is_as_before(use: Callable[..., Tensor]) -> None:
+    state = NOISE.get_state()
+    with pytest.raises(TraceError, match="other outputs each time"):
+        find_sites(layers(use)[0].eval(), ROW)
+    assert COUNTS == {"calls": 0} and torch.equal(NOISE.get_state(), state)
+
+
+def test_what_other_threads_keep_is_theirs() -> None:
+    """A list that the network's code does not name is not put back, whatever is added to it meanwhile."""
+    results: list[Any] = []
+
+    def use(m: Any, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: results.append((1, torch.ones(2))))
+        thread.start(), thread.join()
+        return m.last(m.second(m.first(x).relu()).relu())  # type: ignore[no-any-return]
+
+    find_sites(layers(use)[0].eval(), ROW)
+    assert len(results) >= 4
 
 
 def test_embeddings_renormalised_as_they_are_read_are_refused() -> None:
@@ -214,6 +274,8 @@ def test_whatever_a_network_raises_is_an_error_of_ours() -> None:
 
     with pytest.raises(TraceError, match=r"the network \(Layers\) raised Own: no; "):
         find_sites(raising(lambda m: True), ROW)
+    with pytest.raises(TraceError, match="raised SystemExit: 3"):
+        find_sites(layers(lambda m, x: sys.exit(3))[0], ROW)
     model = raising(lambda m: False)
     assert [site.name for site in find_sites(model, ROW)] == ["first", "second"]
     third = model.second.bias.detach().clone()  # not so once the weights are others

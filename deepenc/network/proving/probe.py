@@ -105,7 +105,8 @@ def _switches(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Setting], l
 
 
 def _same_constants(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    return len(ours) == len(theirs) and all(map(math.isclose, ours, theirs))
+    pairs = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(math.isclose(a, b) or (a != a and b != b) for a, b in pairs)
 
 
 def _fill(network: nn.Module, layout: Layout) -> None:

@@ -30,13 +30,13 @@ class Expected:
         outputs: All tensors that it returns.
         constants: The plain numbers by which it multiplies, in order. A network that scales by its own
             width has others when it is widened, which values may hide, and on the meta device do.
-        scales: For each output by how much its entries typically move when the weights change; None where
-            none moves, or where that is not known.
+        movements: For each output by how much each entry moves when the weights change; None where none
+            does, or where that is not known.
     """
 
     outputs: list[Tensor]
     constants: list[float]
-    scales: tuple[float | None, ...] = ()
+    movements: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, example: Any, left: Mapping[int, str] | None = None) -> Self:
@@ -58,20 +58,21 @@ class Expected:
     @property
     def tells(self) -> bool:
         """Whether any output depends on the weights."""
-        return any(scale is not None for scale in self.scales)
+        return any(movement is not None for movement in self.movements)
 
     def moved(self, others: Sequence[Tensor]) -> Self:
-        """The same with `scales`, from what the same network returns with other weights."""
-        return replace(self, scales=tuple(map(_movement, self.outputs, others)))
+        """The same with `movements`, from what the same network returns with other weights."""
+        return replace(self, movements=tuple(map(_movement, self.outputs, others)))
 
     def agrees(self, ours: Sequence[Tensor]) -> bool:
         """Whether outputs are these up to the rounding of sums in another order; on meta, always.
 
-        An entry may be off by a small part of how far entries move when weights change, and by its own
-        rounding. So a mask of -1e9 beside the logits, or a large offset, hides nothing.
+        An entry may be off by a small part of how far it, or the median entry, moves when weights change, and
+        by its own rounding. So a mask of -1e9 beside the logits, or a large offset, hides nothing.
         """
-        scales = self.scales or (None,) * len(self.outputs)
-        return all(a.is_meta or _close(a, b, s) for a, b, s in zip(ours, self.outputs, scales, strict=True))
+        movements = self.movements or (None,) * len(self.outputs)
+        triples = zip(ours, self.outputs, movements, strict=True)
+        return all(a.is_meta or _close(a, b, movement) for a, b, movement in triples)
 
 
 def reference(model: nn.Module, example: Any) -> Expected:
@@ -127,19 +128,19 @@ def _louder(name: str, tensor: Tensor, learned: bool, generator: torch.Generator
     return tensor * factors.to(tensor.device, kind).view(shape)
 
 
-def _movement(ours: Tensor, theirs: Tensor) -> float | None:
-    """Median distance of the entries that move; None if none moves."""
+def _movement(ours: Tensor, theirs: Tensor) -> Tensor | None:
+    """How far each entry moves, 0 where it is not finite; None if none moves."""
     if ours.is_meta or not (ours.is_floating_point() or ours.is_complex()):
         return None
     if ours.shape != theirs.shape:
         theirs = torch.zeros_like(ours)  # values decide how much is returned
     finite = ours.isfinite() & theirs.isfinite()
-    distance, size = (ours[finite] - theirs[finite]).abs().double(), ours[finite].abs().double()
-    moving = distance[distance > 4 * torch.finfo(ours.dtype).eps * size]
-    return float(moving.median()) if len(moving) else None
+    distance = (ours - theirs).abs().where(finite, 0).double()
+    moving = distance > 4 * torch.finfo(ours.dtype).eps * ours.abs().where(finite, 0)
+    return distance.where(moving, 0) if bool(moving.any()) else None
 
 
-def _close(ours: Tensor, theirs: Tensor, scale: float | None) -> bool:
+def _close(ours: Tensor, theirs: Tensor, movement: Tensor | None) -> bool:
     if not (theirs.is_floating_point() or theirs.is_complex()):
         return bool(torch.equal(ours, theirs))
     finite = theirs.isfinite()
@@ -149,9 +150,11 @@ def _close(ours: Tensor, theirs: Tensor, scale: float | None) -> bool:
     if not bool(((a == b) | (a.isnan() & b.isnan())).all()):
         return False
     eps = torch.finfo(theirs.dtype).eps
-    near = eps**0.5 if eps < 1e-5 else 4 * eps**0.5
-    a, b = ours[finite], theirs[finite]
-    return bool(((a - b).abs() <= near * (scale or 0.0) + 4 * eps * b.abs()).all())
+    room = 4 * eps * theirs[finite].abs().double()
+    if movement is not None:
+        near = eps**0.5 if eps < 1e-5 else 4 * eps**0.5
+        room += near * movement[finite].clamp_min(float(movement[movement > 0].median()))
+    return bool(((ours[finite] - theirs[finite]).abs() <= room).all())
 
 
 class _Constants(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its base untyped

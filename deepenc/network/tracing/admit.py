@@ -173,9 +173,26 @@ def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
         if name.endswith("_hooks"):
             if len(value or ()) != len(other or ()):
                 return name
-        elif isinstance(value, bool | int | float | str) and value != other:
+        elif _differs(value, other):
             return name
     return None
+
+
+def _differs(value: Any, other: Any) -> bool:
+    """Whether plain values, tensors or containers of them are not the same."""
+    if isinstance(value, bool | int | float | str):
+        return bool(value != other and value == value)
+    if isinstance(value, Tensor):
+        return not isinstance(other, Tensor) or not (other.is_meta or torch.equal(value, other))
+    if type(value) in (dict, list, tuple):
+        if type(other) is not type(value) or len(other) != len(value):
+            return True
+        keys = value.keys() if isinstance(value, dict) else range(len(value))
+        try:
+            return any(_differs(value[key], other[key]) for key in keys)
+        except KeyError:
+            return True
+    return False
 
 
 def tensors_in(returned: Any) -> list[Tensor]:

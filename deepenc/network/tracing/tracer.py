@@ -110,7 +110,7 @@ def _run(model: nn.Module, example: Any, known: Known, watch: Watch) -> tuple[li
             seeded()
             model.eval()
             returned = call(model, example)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if watch.refusal is not None or isinstance(error, TraceError):
             raise watch.refusal or error from None
         raise TraceError(
@@ -118,6 +118,7 @@ def _run(model: nn.Module, example: Any, known: Known, watch: Watch) -> tuple[li
             f"({_kind(model, known.path)}) raised {type(error).__name__}: {first_line(error)}; "
             "give an example input that the network accepts"
         ) from error
+    watch.after_all(dict(named_tensors(model)))
     if watch.refusal is not None:
         raise watch.refusal
     with foreign(f"what {type(model).__name__} returns cannot be read", "let it return plain tensors"):

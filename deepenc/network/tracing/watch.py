@@ -15,6 +15,7 @@ from deepenc.errors import TraceError
 from deepenc.network.tracing.known import Known
 
 _READS = {
+    "data_ptr",
     "tolist",
     "numpy",
     "__array__",
@@ -59,6 +60,8 @@ class Watch:
         self._own = {_place(t): name for name, t in own.items() if isinstance(t, nn.Parameter)}
         self._ids = {id(tensor) for tensor in own.values()}
         self._made: set[int] = set()
+        self._opened: set[str] = set()
+        self._before = victim
 
     def before(
         self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Iterable[Tensor]
@@ -104,6 +107,22 @@ class Watch:
         if _DECIDES.intersection(op.tags) and (name != "index" or _masks(tensors)):
             self.looks(tensors)
 
+    def opens(self, tensor: Tensor) -> None:
+        """Note that what no operator shows may be written to a tensor."""
+        if (name := self._own.get(_place(tensor))) is not None:
+            self._opened.add(name)
+
+    def after_all(self, own: Mapping[str, Tensor]) -> None:
+        """See, after the run, that the copy still has its parameters, unchanged; else note a refusal."""
+        for place, name in self._own.items():
+            now = own.get(name)
+            if now is None or _place(now) != place:
+                self._note(
+                    f"puts another tensor in the place of its parameter {name} while it runs: {_WRITE}"
+                )
+            elif name in self._opened and not _equal(now, self._before[name]):
+                self._note(f"changes its parameter {name} while it runs: {_WRITE}")
+
     def looks(self, tensors: Iterable[Tensor]) -> None:
         """Note that the network looks at values."""
         self.decided |= any(not self._known.value(tensor).state for tensor in tensors)
@@ -127,8 +146,11 @@ class Watch:
         return reference is not None and reference() is tensor
 
     def _refuse(self, what: str) -> None:
+        raise self._note(what)
+
+    def _note(self, what: str) -> TraceError:
         self.refusal = self.refusal or TraceError(f"{self._known.where} {what}")
-        raise self.refusal
+        return self.refusal
 
 
 _CALLS = (
@@ -142,7 +164,16 @@ _WRITE = "decrypted weights would not be those encrypted; keep state in buffers,
 
 def _place(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # an array of NumPy has a storage of its own
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Bit for bit, whatever is no number included."""
+    a, b = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (ours, theirs))
+    return torch.equal(a, b)
 
 
 def _masks(tensors: Iterable[Tensor]) -> bool:
@@ -159,4 +190,5 @@ class Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _READS and args and isinstance(args[0], Tensor):
             self._watch.looks(args[:1])
+            self._watch.opens(args[0])
         return func(*args, **(kwargs or {}))

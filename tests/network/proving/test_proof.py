@@ -39,6 +39,8 @@ HIDING: dict[str, Callable[[Any, Tensor], Any]] = {
     "mostly masked": lambda m, x: torch.cat([body(m, x)[:, :1], torch.full((len(x), 40), -1e9)], 1),
     "masked by adding": lambda m, x: torch.cat([body(m, x), body(m, x).repeat(1, 9) - 1e7], 1),
     "masked by infinity": lambda m, x: body(m, x).masked_fill(torch.tensor([True, False]), float("-inf")),
+    "no number": lambda m, x: body(m, x).masked_fill(torch.tensor([True, False]), float("nan")),
+    "sharp probabilities": lambda m, x: (body(m, x) * 100).softmax(1),
     "a large offset": lambda m, x: body(m, x) + 1e4,
     "another output is large": lambda m, x: (body(m, x), torch.full((2,), 1e9)),
     "a faint branch": lambda m, x: x[:, :2] + m.gamma * body(m, x),
