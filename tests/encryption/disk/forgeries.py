@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from safetensors import safe_open
 
 from deepenc.encryption.disk import checkpoint
 from deepenc.encryption.disk.checkpoint import write_tensors
@@ -317,6 +319,76 @@ def key_contents(folder: Path, rng: random.Random) -> None:
     (folder / "key").write_bytes(sealing.lock(text, "p", 2**10, recipients=[IDENTITY.public_key()]))
 
 
+def factory(folder: Path, rng: random.Random) -> None:
+    """How the structure is made, forged: other networks, and sizes that would take all memory or time."""
+    document = document_of(folder)
+    huge = rng.choice([10**5, 600_002, 10**6, 4 * 10**7, 10**8, 10**12, 2**63, 10**30, -1, 0])
+    names = {
+        "python": ["deepenc.victims.models:CifarResNet", "os:system", "builtins:exec", "no:thing", "x"],
+        "torchvision": ["resnet18", "squeezenet1_1", "mobilenet_v2", "../../x"],
+        "timm": ["resnet18", "vit_tiny_patch16_224", "hf-hub:a/b"],
+        "transformers": ["BertModel", "LlamaForCausalLM", "AutoModel", "pipeline"],
+    }
+    fields = ["depth", "channels", "classes", "width", "num_classes", "num_labels", "num_hidden_layers"]
+    fields += ["hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings", "width_mult"]
+    fields += ["embed_dim", "weights", "auto_map", "cache_dir", "id2label", "layers", "depths"]
+    values = [huge, [huge] * 3, [2] * 100_000, rng.choice(NASTY), 8, {"0": huge}, float(huge)]
+    library = rng.choice(list(names))
+    arguments = {rng.choice(fields): rng.choice(values) for _ in range(rng.choice([1, 1, 2, 4]))}
+    if rng.random() < 0.3:
+        arguments["depth"] = 8
+    document["factory"] = {"library": library, "name": rng.choice(names[library]), "arguments": arguments}
+    write_header(folder, document)
+
+
+def index(folder: Path, rng: random.Random) -> None:
+    """An index of several files beside the one, or in its place."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    file_names = [
+        "model.safetensors",
+        "../a/model.safetensors",
+        "a\x00.safetensors",
+        "none.safetensors",
+        "key",
+    ]
+    document: Any = {
+        "metadata": {"total_size": rng.choice([0, 10**30, "x"])},
+        "weight_map": {name: rng.choice([file_names[0]] * 9 + file_names) for name in names},
+    }
+    if rng.random() < 0.7:
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        for name in names:
+            document["weight_map"][name] = "one.safetensors"
+    if rng.random() < 0.7:
+        mutate(document, rng)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+
+
+def special(folder: Path, rng: random.Random) -> None:
+    """What is no file in the place of one."""
+    path = folder / rng.choice(["deepenc.json", "model.safetensors", "key", "owner.pem", "public.pem"])
+    path.unlink()
+    how = rng.randrange(6)
+    if how == 0:
+        os.mkfifo(path)
+    elif how == 1:
+        path.mkdir()
+    else:
+        path.symlink_to(["/dev/zero", "/dev/null", path.name, "none"][how - 2])
+
+
+def pem(folder: Path, rng: random.Random) -> None:
+    """A changed PEM file."""
+    path = folder / rng.choice(["owner.pem", "public.pem"])
+    if rng.random() < 0.3:
+        data = path.read_bytes()
+        label = rng.choice([b"RSA PRIVATE KEY", b"ENCRYPTED PRIVATE KEY", b"CERTIFICATE", b"X" * 5000])
+        path.write_bytes(data.replace(b"PRIVATE KEY", label) * rng.choice([1, 2, 3000]))
+    else:
+        rng.choice([flip, cut])(path, rng)
+
+
 KINDS: dict[str, Callable[[Path, random.Random], None]] = {
     "bit flips": any_file(flip),
     "cuts": any_file(cut),
@@ -327,5 +399,9 @@ KINDS: dict[str, Callable[[Path, random.Random], None]] = {
     "flood": flood,
     "key frame": key_fields,
     "key contents": key_contents,
+    "factory": factory,
+    "index": index,
+    "special": special,
+    "pem": pem,
 }
-WEIGHTS = [18, 12, 14, 18, 14, 14, 1, 12, 12]
+WEIGHTS = [18, 12, 14, 18, 14, 14, 1, 12, 12, 12, 8, 8, 8]
