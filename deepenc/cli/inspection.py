@@ -59,7 +59,9 @@ def _inspect_folder(folder: Path) -> None:
 
     whole = not (folder / INDEX).exists()  # of a network in several files the header must do
     stored = checkpoint.load(folder) if whole else read_header(folder / HEADER)
-    victim = (stored.victim or {}).get("name", "an unknown victim")
+    spec = stored.victim or {}
+    named = spec.get("factory", spec.get("name", "an unknown victim"))  # an own network goes by what makes it
+    victim = named if isinstance(named, str) else str(stored.factory)
     title = f"{folder}: {victim} encrypted with {stored.defense.get('name', 'an unknown defense')}"
     _show(title, stored.sites, stored.configuration, None, stored.memory)
 

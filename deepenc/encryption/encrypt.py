@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepenc.encryption.defense import Allocation, Defense, Original
 from deepenc.encryption.keys.fingerprint import fingerprint
-from deepenc.encryption.keys.key import Key, check_sites, verify
+from deepenc.encryption.keys.key import Key, check_sites, expect_key, verify
 from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
 from deepenc.encryption.shelter import arrangement_of, follow, shelter
 from deepenc.encryption.tensors import tensors_of
@@ -92,7 +92,7 @@ def decrypt(encrypted: nn.Module, key: Key) -> nn.Module:
     Raises:
         KeyFileError: The key is another network's, or a tensor was changed since it was made.
     """
-    verify(tensors_of(encrypted, key.sites), key)
+    verify(tensors_of(encrypted, expect_key(key).sites), key)
     network = remove(encrypted, key.layout())
     changed = key.restored(named_tensors(network))
     return replace_tensors(network, changed) if changed else network

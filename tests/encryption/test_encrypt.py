@@ -331,3 +331,9 @@ def test_hardening_gets_the_layout_of_the_network(two_sites: Net) -> None:
     model, inputs, sites = two_sites
     _, key = encrypt(model, inputs, defense(2, None, Look()), seed=0, sites=sites, data=inputs)
     assert seen[0].positions == dict(key.positions)
+
+
+def test_what_is_no_key(small: Net) -> None:
+    for wrong in (None, "owner.key", b"key"):
+        with pytest.raises(ConfigError, match=r"expected a Key, got .*load_key"):
+            decrypt(small[0], wrong)  # type: ignore[arg-type]

@@ -168,9 +168,18 @@ def verify(tensors: Mapping[str, Tensor], key: Key) -> None:
     Raises:
         KeyFileError: It belongs to others.
     """
+    _check_network(expect_key(key), fingerprint(tensors))
+
+
+def expect_key(key: object) -> Key:
+    """The key, if it is one.
+
+    Raises:
+        ConfigError: It is something else.
+    """
     if not isinstance(key, Key):
         raise ConfigError(f"expected a Key, got {type(key).__name__}; `deepenc.load_key` reads one")
-    _check_network(key, fingerprint(tensors))
+    return key
 
 
 def _check_network(key: Key, found: str) -> None:
