@@ -220,7 +220,7 @@ def load(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     header = read_header(folder / HEADER)
-    tensors = _read(folder / TENSORS)
+    tensors = header.own(_read(folder / TENSORS), folder)
     found = fingerprint(tensors)
     if found != header.fingerprint:
         raise CheckpointError(

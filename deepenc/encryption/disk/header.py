@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from deepenc.encryption.disk.staging import finish
+from deepenc.encryption.keys.fingerprint import fingerprint
 from deepenc.encryption.keys.key import Key, ReleasedSites
 from deepenc.errors import CheckpointError, SiteError
 from deepenc.files import read_file
@@ -54,6 +55,8 @@ class Header(BaseModel):
     configuration: dict[str, int]
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     memory: float = Field(ge=0, allow_inf_nan=False)
+    beside: dict[str, str] = {}
+    """Fingerprints of tensors in the files that are none of the network's: masks that it makes by itself."""
     seal: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     digest: str = ""
 
@@ -64,6 +67,17 @@ class Header(BaseModel):
     def released_sites(self) -> ReleasedSites:
         """The sites, with what the key must have signed."""
         return ReleasedSites.of(self.sites, self.fingerprint, self._contents(), self.seal)
+
+    def own(self, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+        """The network's own tensors, of all that were read.
+
+        Raises:
+            CheckpointError: Others are missing or not those that were saved.
+        """
+        for name, mark in self.beside.items():
+            if name not in tensors or fingerprint({name: tensors[name]}) != mark:
+                raise CheckpointError(f"tensor {name!r} in {path} is not the one that was saved; {REMEDY}")
+        return {name: tensor for name, tensor in tensors.items() if name not in self.beside}
 
     def _contents(self) -> str:
         return _digest(self.model_copy(update={"seal": ""}).model_dump(mode="json"))
@@ -154,6 +168,9 @@ def first_fault(document: dict[str, Any], fields: set[str]) -> str | None:
     sites, configuration = document.get("sites", []), document.get("configuration", {})
     if not isinstance(configuration, dict) or not all(type(n) is int for n in configuration.values()):
         return "the configuration does not map names to counts"
+    beside = document.get("beside", {})
+    if not isinstance(beside, dict) or not all(type(mark) is str for mark in beside.values()):
+        return "beside does not map names to fingerprints"
     if not isinstance(sites, list):
         return "the sites are no list"
     for site in sites:

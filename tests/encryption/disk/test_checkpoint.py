@@ -73,7 +73,7 @@ def test_the_folder_does_not_hold_the_positions(saved: Path, small: Net) -> None
     document = json.loads((saved / "deepenc.json").read_text())
     assert set(document) == {
         *("format", "version", "victim", "factory", "defense", "sites", "configuration"),
-        *("fingerprint", "memory", "seal", "digest"),
+        *("fingerprint", "memory", "beside", "seal", "digest"),
     }
     model, inputs, sites = small
     encrypted, _ = encrypt(model, inputs, DEFENSE, seed=0, sites=sites)

@@ -568,6 +568,33 @@ def test_a_configuration_of_a_network_far_too_large(
     assert time.perf_counter() - started < 20
 
 
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_masks_that_older_libraries_stored_come_along(tmp_path: Path, size: str) -> None:
+    """As in GPT-2's own files; they are no tensors of the network, and an altered one is noticed."""
+    victim, locked = saved(tmp_path / "victim", "gpt2", size=size), tmp_path / "locked"
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    first = min(victim.glob("*.safetensors"))
+    save_file(load_file(first) | masks, first, metadata={"format": "pt"})
+    if size == "20KB":
+        change_index(victim, lambda index: index["weight_map"].update(dict.fromkeys(masks, first.name)))
+    key = encrypt_checkpoint(victim, locked, seed=1)
+    stored = load_sharded(locked)
+    assert not masks.keys() & stored.tensors.keys()
+    assert equal(
+        dict(deepenc.decrypt(stored.rebuild(), key).state_dict()), dict(network("gpt2").state_dict())
+    )
+    decrypt_checkpoint(locked, key, tmp_path / "opened")
+    assert equal(tensors(tmp_path / "opened"), tensors(victim))
+    path = locked / first.name
+    save_file(
+        load_file(path) | {name: -mask for name, mask in masks.items()}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="not the one that was saved"):
+        load_sharded(locked)
+    with pytest.raises(CheckpointError, match="not those that were encrypted"):
+        decrypt_checkpoint(locked, key, tmp_path / "again")
+
+
 def test_a_single_file_beside_an_index(victim: Path, tmp_path: Path) -> None:
     """One of the two is out of date; libraries differ in which they read."""
     save_file(tensors(victim), victim / "model.safetensors", metadata={"format": "pt"})

@@ -100,13 +100,14 @@ def encrypt_checkpoint(
     network, factory = structure_of(source, shards.entries())
     ties = _ties(network, shards)
     metas = _metas(shards, ties)
-    check_complete(network, metas, source)
+    strangers = check_complete(network, metas, source)
     example = examples_of(network)[0]
     usable = tuple(sites) if sites is not None else _usable(_find(network), network, metas)
     check_sites(usable)
     allocation = _allocate(placement, Original(network, usable, example), root)
     layout = Layout(usable, derive_positions(root, usable, allocation))
     known = _known(layout, shards, ties)
+    strangers -= known.keys()
     header = Header(
         victim={"name": f"{factory.library}:{factory.name}"},
         factory=factory,
@@ -124,11 +125,12 @@ def encrypt_checkpoint(
     with _disk(target), Partial(target, run, replace=replace_target) as place:
         change = Inserter(layout, weights, root)
         written = rewrite(shards, change, known, ties, place, progress)
+        beside = {name: fingerprint_of({name: written.pop(name)}, {}) for name in sorted(strangers)}
         mark = fingerprint_of(written, ties)
         write_index(shards, place, change, known)
         positions = {name: p for name, p in layout.positions.items() if p}
         key = Key(usable, positions, mark, binding=derive_binding(root))
-        header = header.model_copy(update={"fingerprint": mark}).signed(key)
+        header = header.model_copy(update={"fingerprint": mark, "beside": beside}).signed(key)
         (place.folder / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
         copy_beside(source, place.folder)
         place.complete = True
@@ -172,8 +174,9 @@ def decrypt_checkpoint(
     run = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     with _disk(target), Partial(target, run) as place:
         read = rewrite(shards, change, known, {}, place, progress)
+        beside = {name: fingerprint_of({name: read.pop(name)}, {}) for name in header.beside if name in read}
         found = fingerprint_of(read, ties)
-        if found != key.fingerprint:
+        if found != key.fingerprint or beside != header.beside:
             raise CheckpointError(
                 f"the tensors in {folder} are not those that were encrypted (fingerprint {found[:12]}, the "
                 f"key's is {key.fingerprint[:12]}); restore the folder from its original"
@@ -209,7 +212,7 @@ def load_sharded(folder: str | Path) -> Checkpoint:
         for shard in shards.files:
             with Reader(shard.path) as reader:
                 tensors |= {entry.name: reader.read(entry) for entry in shard.entries}
-    tensors |= {alias: tensors[name] for alias, name in ties.items()}
+    tensors = header.own(tensors | {alias: tensors[name] for alias, name in ties.items()}, folder)
     if fingerprint(tensors) != header.fingerprint:
         raise CheckpointError(
             f"the tensors in {folder} are not those that were saved; restore the folder from its original"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -67,25 +68,34 @@ def structure_of(folder: Path, entries: Mapping[str, Entry]) -> tuple[nn.Module,
     return network, factory
 
 
-def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
+def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> set[str]:
     """See that a network has the tensors of a checkpoint, no more and no fewer, so that it can be rebuilt.
+
+    Older libraries stored masks and the like that networks make by themselves now; they may be there.
 
     Args:
         network: From `structure_of`.
         stored: The checkpoint's tensors under all their names, on the meta device.
         folder: For messages.
 
+    Returns:
+        The names of such masks.
+
     Raises:
         CheckpointError: It has not.
     """
-    own = tensors_of(network)
+    own, made = tensors_of(network), dict(network.named_buffers())
+    ignored = [
+        re.compile(text) for text in getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ]
+    beside = {n for n in stored.keys() - own.keys() if n in made or any(p.search(n) for p in ignored)}
     for name, tensor in stored.items():
         if name in own and own[name].shape != tensor.shape:
             raise CheckpointError(
                 f"tensor {name!r} is {tuple(tensor.shape)}, by {CONFIG} it is {tuple(own[name].shape)}; give "
                 "the configuration of this very checkpoint"
             )
-    extra, missing = sorted(stored.keys() - own.keys()), sorted(own.keys() - stored.keys())
+    extra, missing = sorted(stored.keys() - own.keys() - beside), sorted(own.keys() - stored.keys())
     if extra or missing:
         faults = [f"has {len(extra)} tensors that it has not, such as {extra[:2]}"] if extra else []
         faults += [f"lacks {len(missing)} of its tensors, such as {missing[:2]}"] if missing else []
@@ -94,6 +104,7 @@ def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Pat
             "Give the configuration of this very checkpoint; if it was written by an older library, load it "
             "with transformers and write it again with save_pretrained"
         )
+    return beside
 
 
 def _wrapped(names: Collection[str], own: Collection[str]) -> str:
