@@ -20,6 +20,7 @@ from deepenc.errors import CheckpointError
 from deepenc.network.calling import removed
 
 _LABELS = frozenset({"num_labels", "num_classes", "classes"})
+_NO_COUNTS = frozenset({"rope_theta", "seed"})
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Limits:
     Attributes:
         modules: Submodules, each counted where it is put into another.
         elements: Of a single parameter.
-        labels: Classes among the arguments; libraries make a list of their names.
+        labels: Classes among the arguments, whose names libraries list; and entries of any list or mapping.
         number: Any other integer among the arguments.
     """
 
@@ -49,23 +50,28 @@ class Limits:
             modules=1000 + 50 * len(known),
             elements=2**20 + sum(map(math.prod, known)),
             labels=max((1000, *(size for shape in known for size in shape))),
-            number=2**32,
+            number=2**24,  # positions of the longest contexts; some libraries make lists of any other
         )
 
     def check(self, value: JsonValue, key: str = "") -> None:
-        """See that no integer in some arguments is too large.
+        """See that no integer in some arguments is too large, and no list too long.
 
         Raises:
             CheckpointError: One is.
         """
+        if isinstance(value, dict | list) and len(value) > self.labels:
+            raise CheckpointError(_exceeded(f"its argument {key!r} has {len(value)} entries"))
         if isinstance(value, dict):
             for name, item in value.items():
                 self.check(item, name)
         elif isinstance(value, list):
             for item in value:
                 self.check(item, key)
-        elif isinstance(value, int) and abs(value) > (self.labels if key in _LABELS else self.number):
+        elif isinstance(value, int) and key not in _NO_COUNTS and abs(value) > self._most(key):
             raise CheckpointError(_exceeded(f"its argument {key!r} is {value}"))
+
+    def _most(self, key: str) -> int:
+        return self.labels if key in _LABELS else self.number
 
     @contextmanager
     def held(self) -> Iterator[None]:

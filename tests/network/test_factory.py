@@ -226,6 +226,12 @@ HUGE = {
         "arguments": {**TINY, "vocab_size": 20, "num_labels": 10**8},
     },
     "words": {**BERT, "arguments": {**TINY, "vocab_size": 10**9}},
+    "a list": {"library": "timm", "name": "resnet18", "arguments": {"layers": [1] * 10**5}},
+    "types of layers": {
+        "library": "transformers",
+        "name": "Qwen2Model",
+        "arguments": {**TINY, "vocab_size": 20, "num_hidden_layers": 2**32 - 1},
+    },
     "a number": {**BERT, "arguments": {**TINY, "vocab_size": 10**30}},
     "depth": {
         "library": "python",
