@@ -92,7 +92,10 @@ def work(connection: Connection, settings: Settings) -> None:
     def send(kind: str, value: object) -> None:
         if os.getpid() != own:
             os._exit(0)  # a copy that a job has forked must not answer for it
-        connection.send((kind, value))
+        try:
+            connection.send((kind, value))
+        except OSError:  # the coordinator is gone, or a job has closed the connection
+            os._exit(1)
 
     def tell(note: object) -> Any:
         send("note", note)

@@ -69,11 +69,16 @@ def of_this_test(folder):
     return found
 
 
-def strike(process, target, folder, chance):
-    """Kill the command, its process group, or one of its processes; says whether it met one."""
+def workers_of(process, folder):
+    """Worker processes, which lead groups of their own; the others that the command has started."""
     processes = of_this_test(folder)
     workers = [pid for pid, (_, group) in processes.items() if group == pid != process.pid]
-    servers = [pid for pid in processes if pid != process.pid and pid not in workers]
+    return workers, [pid for pid in processes if pid != process.pid and pid not in workers]
+
+
+def strike(process, target, folder, chance):
+    """Kill the command, its process group, or one of its processes; says whether it met one."""
+    workers, servers = workers_of(process, folder)
     if target == "coordinator":
         process.kill()
     elif target == "group":
@@ -97,7 +102,10 @@ def campaign(folder, kills, seed):
         rounds += 1
         assert rounds < 20 * kills
         target = TARGETS[done.total() % len(TARGETS)]
-        time.sleep(chance.choice((0.1, 1.0, 3.0, 6.0, 9.0)) * chance.random())
+        if chance.random() < 0.7:  # else in its start
+            while process.poll() is None and not workers_of(process, folder)[0]:
+                time.sleep(0.05)
+        time.sleep(chance.choice((0.1, 1.0, 3.0)) * chance.random())
         if process.poll() is not None:  # the run came to its end; what is killed next is its start
             process = start(folder)
         elif strike(process, target, folder, chance):
