@@ -209,10 +209,14 @@ def derived(weights: Weights, neurons: Neurons, secret: bytes, release: str = ""
     Raises:
         PluginError: The weights broke their interface.
     """
+
+    def drawn_for(gap: Gap) -> str:
+        return f"{gap.slot.tensor} " if weights.per_tensor else ""
+
     made: dict[Gap, Tensor] = {}
-    for name in dict.fromkeys(gap.slot.tensor if weights.per_tensor else "" for gap in neurons.gaps):
-        part = replace(neurons, gaps=tuple(gap for gap in neurons.gaps if name in ("", gap.slot.tensor)))
-        rng = derive_rng(secret, f"weights {name} {release}", neurons.site.name)
+    for name in dict.fromkeys(map(drawn_for, neurons.gaps)):
+        part = replace(neurons, gaps=tuple(gap for gap in neurons.gaps if drawn_for(gap) == name))
+        rng = derive_rng(secret, f"weights {name}{release}", neurons.site.name)
         channels = derive_rng(secret, f"channels {release}", neurons.site.name)
         made |= zip(part.gaps, filled(weights, part, rng, channels), strict=True)
     return [made[gap] for gap in neurons.gaps]
