@@ -17,10 +17,10 @@ from deepenc.arena.metrics import checked_scores, detection, independent, judge,
 from deepenc.arena.plan import Task
 from deepenc.arena.provenance import Clock
 from deepenc.arena.record import Accuracy, Cost, Detection, Record
-from deepenc.arena.residue import Surroundings
 from deepenc.arena.threat import Meter, Threat, close
 from deepenc.errors import ClaimError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
+from deepenc.processes.residue import Surroundings
 from deepenc.seeds import derive, isolated, number
 from deepenc.victims.victim import Images, Victim
 

@@ -19,8 +19,8 @@ import torch
 from deepenc.arena.record import Provenance
 
 PACKAGE = Path(__file__).parents[1]
-UNRELATED = ("cli", "report", "study", "arena/run")
-"""Folders of the package that order, repeat and show duels, and change no result."""
+UNRELATED = ("cli/", "report/", "study/", "arena/run/", "arena/stats.py", "arena/estimates.py", "config.py")
+"""Parts of the package that order, repeat and show duels, and change no result."""
 
 
 @cache
@@ -38,7 +38,7 @@ def hash_of(package: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
-        if not name.startswith(tuple(f"{folder}/" for folder in UNRELATED)):
+        if not name.startswith(UNRELATED):
             total.update(f"{name} {_read(*_state(path))[0]}\n".encode())
     return total.hexdigest()[:16]
 

@@ -132,7 +132,11 @@ def _job(data: bytes) -> Any:
 
 
 def _is_clean(before: set[threading.Thread]) -> bool:
-    """Whether a job has left no thread and no process behind; an alarm that it has set is off afterwards."""
+    """Whether a job has left nothing that may disturb the next; an alarm that it has set is turned off."""
+    from deepenc.processes.residue import residue
+
+    if residue() is not None:
+        return False
     if not hasattr(os, "WNOHANG"):
         return set(threading.enumerate()) <= before
     signal.alarm(0)

@@ -12,9 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepenc.errors import VictimError, WorkerError
 from deepenc.processes.pool import STARTS, Jobs, Pool
+from deepenc.processes.residue import Surroundings
 
 
 def obey(message, tell):
@@ -43,6 +45,10 @@ def obey(message, tell):
             raise VictimError("nothing to run on")
         case "thread", _:
             threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        case "patch", _:
+            surroundings = Surroundings()
+            torch.add = torch.mul
+            surroundings.restore()
         case "child", mark:
             for session in (False, True):
                 child = subprocess.Popen(["sleep", "600"], start_new_session=session)
@@ -175,6 +181,11 @@ def test_nothing_that_a_job_starts_outlives_the_pool(play, tmp_path):
 
 def test_a_thread_that_goes_on_does_not_disturb_the_next_job(play):
     script = play(("thread", None), ("sleep", 0), ("sleep", 0))
+    assert script.results[0] != script.results[1] == script.results[2]
+
+
+def test_a_process_whose_functions_were_replaced_does_no_other_job(play):
+    script = play(("patch", None), ("sleep", 0), ("sleep", 0))
     assert script.results[0] != script.results[1] == script.results[2]
 
 

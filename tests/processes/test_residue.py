@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepenc.arena import duel
-from deepenc.arena.residue import Surroundings, residue
+from deepenc.processes.residue import Surroundings, residue
 
 LEFT = {
     "default dtype": lambda: torch.set_default_dtype(torch.float64),
