@@ -17,6 +17,7 @@ from deepenc.files import read_file, write_whole
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+    from deepenc.encryption.defense import Defense
     from deepenc.encryption.disk.sharded.rewrite import Progress as Told
     from deepenc.encryption.disk.staging import Staged
     from deepenc.encryption.keys.key import Key
@@ -37,7 +38,7 @@ def encrypt(
     source: Path,
     folder: Path,
     key: Path,
-    defense: str,
+    chosen: Defense,
     passphrase: str | None,
     recipients: Sequence[X25519PublicKey] = (),
     *,
@@ -53,7 +54,7 @@ def encrypt(
         source: The victim's checkpoint.
         folder: Where to.
         key: File for the key.
-        defense: A name of a defense.
+        chosen: The defense.
         passphrase: Seals the key; None for recipients only.
         recipients: Public keys that the key is sealed for.
         force: Replace an encrypted folder and a key that are there.
@@ -63,11 +64,9 @@ def encrypt(
         KeyFileError: The key cannot be written, or an interrupted run had another passphrase.
         CheckpointError: As `encrypt_checkpoint` raises it, and its others.
     """
-    from deepenc.encryption.defense import Defense
     from deepenc.encryption.disk.sharded.checkpoint import encrypt_checkpoint
     from deepenc.encryption.disk.staging import partial_of
 
-    chosen = Defense.of(defense)
     refuse_key(key, folder, force)
     record = key.with_name(f".{key.name}.partial")
     if not partial_of(folder).exists():  # nothing to go on with: a secret is never used for two releases

@@ -11,19 +11,23 @@ import typer
 from deepenc.cli import checkpoints
 from deepenc.cli.console import out
 from deepenc.cli.options import (
+    DEFENSE,
     CheckpointOption,
     ForceOption,
     IdentityOption,
     PassphraseOption,
+    PluginOption,
     RecipientOption,
     ScopeOption,
     StreamsOption,
     VictimArgument,
+    defense_named,
+    load_plugins,
     opening,
     openings,
     source_named,
 )
-from deepenc.cli.release import refuse_folder, refuse_key, refuse_tensors, write_release
+from deepenc.cli.release import refuse_folder, refuse_key, refuse_tensors, what_is_left, write_release
 from deepenc.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -36,11 +40,12 @@ def encrypt(
         Path | None, typer.Argument(metavar="OUT", help="Folder for the encrypted network.")
     ] = None,
     checkpoint_folder: CheckpointOption = None,
-    defense: Annotated[str, typer.Option(help="A name of `deepenc list defenses`.")] = "paper-samp",
+    defense: Annotated[str, DEFENSE] = "paper-samp",
     scope: ScopeOption = "",
     streams: StreamsOption = False,
     recipient: RecipientOption = None,
     passphrase_file: PassphraseOption = None,
+    plugin: PluginOption = None,
     force: ForceOption = False,
 ) -> None:
     """Encrypt a network: write it with confusion channels, and the key that removes them.
@@ -48,20 +53,21 @@ def encrypt(
     Example: deepenc encrypt digits-resnet stolen/ --defense paper-samp --key owner.key
     Larger than memory: deepenc encrypt --checkpoint llama/ stolen/ --key owner.key
     """
+    load_plugins(plugin)
+    chosen = defense_named(defense)
     if checkpoint_folder is not None:
         target = checkpoints.only(victim, folder)
         refuse_folder(target, force)
         checkpoints.encrypt(
-            checkpoint_folder, target, key, defense, *openings(passphrase_file, recipient), force=force
+            checkpoint_folder, target, key, chosen, *openings(passphrase_file, recipient), force=force
         )
         return
     if folder is None:
         raise ConfigError("expected a victim and a folder for the encrypted network; give OUT, too")
-    from deepenc.encryption.defense import Defense
     from deepenc.encryption.encrypt import encrypt as make
     from deepenc.victims.data.cache import cache_folder
 
-    source, chosen = source_named(victim), Defense.of(defense)
+    source = source_named(victim)
     refuse_folder(folder, force)
     refuse_key(key, folder, force)
     if chosen.placement is None:
@@ -94,6 +100,7 @@ def encrypt(
         markup=False,
     )
     console.print("Checked: what was written decrypts to the victim, bit for bit.")
+    console.print(what_is_left(source, model, encrypted, example))
     console.print(f"network  {folder}\nkey      {key} (sealed; keep it apart from the network)", markup=False)
 
 

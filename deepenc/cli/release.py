@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepenc.errors import CheckpointError, ConfigError, KeyFileError
+from deepenc.errors import CheckpointError, ConfigError, KeyFileError, VictimError
 from deepenc.files import only_one, open_file
 
 if TYPE_CHECKING:
@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     from deepenc.encryption.disk.checkpoint import Checkpoint
     from deepenc.encryption.disk.staging import Staged
     from deepenc.encryption.keys.key import Key
+    from deepenc.victims.victim import VictimSource
 
 HEADER = "deepenc.json"  # as in disk/header.py, which takes seconds to import
+IMAGES = 512
+"""The owner's, at most, on which a release is tried without its key."""
+HARDLY = 0.9
+"""Share of the accuracy, left without the key, from which a release counts as hardly damaged."""
 
 
 def refuse_folder(folder: Path, force: bool) -> None:
@@ -184,3 +189,45 @@ def write_release(
             f"cannot write the network to {folder}: {error}; give a folder on a writable disk with room"
         ) from error
     return stored
+
+
+def what_is_left(source: VictimSource, model: nn.Module, encrypted: nn.Module, example: Any) -> str:
+    """What a released network is worth as it is, without its key, in words.
+
+    Args:
+        source: The victim.
+        model: Its network.
+        encrypted: The encrypted network.
+        example: Its example input, for a victim without images.
+    """
+    from deepenc.arena.metrics import judge
+    from deepenc.victims.data.cache import cache_folder
+    from deepenc.victims.victim import Images
+
+    try:
+        victim = source.load(cache_folder())
+    except VictimError:
+        return f"Used without the key: outputs on the example {_moved(model, encrypted, example)}."
+    images = Images(victim.defender.inputs[:IMAGES], victim.defender.labels[:IMAGES])
+    judged = (judge(one, images, victim.classes, who="the release") for one in (model, encrypted))
+    before, after = (100 * accuracy.rate for accuracy in judged)
+    text = f"Used without the key: {after:.1f} % right instead of {before:.1f} % ({len(images)} images)."
+    if after > HARDLY * before:
+        text += " That is hardly any damage: take another defense, or more channels."
+    return f"{text}\nWhat attacks get out of it: deepenc run; every built-in defense falls to some of them."
+
+
+def _moved(model: nn.Module, encrypted: nn.Module, example: Any) -> str:
+    import torch
+
+    from deepenc.network.calling import call
+    from deepenc.network.tracing.admit import tensors_in
+
+    with torch.no_grad():
+        pairs = zip(tensors_in(call(model, example)), tensors_in(call(encrypted, example)), strict=True)
+        floats = [(a.double(), b.double()) for a, b in pairs if a.is_floating_point()]
+    distance = sum(float((b - a).square().sum()) for a, b in floats)
+    size = sum(float(a.square().sum()) for a, _ in floats)
+    return (
+        f"{100 * (distance / size) ** 0.5:.0f} % of their size" if size else "an amount that cannot be told"
+    )

@@ -13,7 +13,10 @@ from deepenc.cli.options import (
     ForceOption,
     IdentityOption,
     PassphraseOption,
+    PluginOption,
     RecipientOption,
+    defense_named,
+    load_plugins,
     opening,
     openings,
     source_named,
@@ -32,7 +35,10 @@ def rotate(
     new_key: Annotated[Path, typer.Argument(metavar="NEW_KEY", help="File for the new key.")],
     defense: Annotated[
         str | None,
-        typer.Option(help="Encrypt with this defense. Default: the old one, as many channels at each site."),
+        typer.Option(
+            help="Encrypt with this defense, named as for `encrypt`. Default: the old one, as many channels "
+            "at each site."
+        ),
     ] = None,
     victim: Annotated[
         str | None, typer.Option(help="The victim, for its structure. Default: what the folder says.")
@@ -44,6 +50,7 @@ def rotate(
         Path | None,
         typer.Option(help="As --passphrase-file, for the new key. Default: the passphrase of the old key."),
     ] = None,
+    plugin: PluginOption = None,
     force: ForceOption = False,
 ) -> None:
     """Give an encrypted network a new key: other positions, other confusion weights, the same victim inside.
@@ -58,6 +65,7 @@ def rotate(
     from deepenc.encryption.keys.key import load_key
     from deepenc.victims.data.cache import cache_folder
 
+    load_plugins(plugin)
     if target.resolve() == folder.resolve() or new_key.resolve() == key.resolve():
         raise ConfigError("the old network and key are read until the new ones are whole; give other paths")
     refuse_folder(target, force)
@@ -72,7 +80,7 @@ def rotate(
     source = _victim(victim, stored.victim)
     structure, example = source.network(cache_folder())
     original = decrypt(stored.network(structure), old)
-    chosen = Defense.of(stored.defense if defense is None else defense)
+    chosen = Defense.of(stored.defense) if defense is None else defense_named(defense)
     if chosen.placement is None:
         raise ConfigError(
             f"the defense {chosen.name!r} inserts nothing, and would release the victim as it is"

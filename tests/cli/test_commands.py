@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -473,3 +474,17 @@ def test_a_defense_comes_from_a_file(run: Run, tmp_path: Path) -> None:
     ):
         result = run("inspect", "toy", "--defense", f"{tmp_path}/{text}")
         assert result.exit_code == 1 and part in result.stderr, result.stderr
+
+
+def test_encrypt_says_what_is_left_without_the_key(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("name: alone\nplacement: {name: absolute, count: 4}\nweights: init\n")
+    paths = {name: str(tmp_path / name) for name in ("a", "k", "one.yaml")}
+    said = run("encrypt", "toy", paths["a"], "--key", paths["k"], "--defense", paths["one.yaml"])
+    assert "encrypted with alone" in said.stdout
+    found = re.search(r"Used without the key: (.*) % right instead of (.*) % \(30 images\)", said.stdout)
+    assert found is not None, said.stdout
+    victim = Toy().load(tmp_path)
+    network = deepenc.load(tmp_path / "a").network(victim.model)
+    for net, part in ((network, found[1]), (victim.model, found[2])):
+        right = net(victim.defender.inputs).argmax(1) == victim.defender.labels
+        assert float(part) == pytest.approx(100 * float(right.float().mean()), abs=0.05)
