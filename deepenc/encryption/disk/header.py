@@ -56,7 +56,7 @@ class Header(BaseModel):
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     memory: float = Field(ge=0, allow_inf_nan=False)
     beside: dict[str, str] = {}
-    """Fingerprints of tensors in the files that are none of the network's: masks that it makes by itself."""
+    """Fingerprints of what else is in the files: masks that the network makes by itself, and the like."""
     seal: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     digest: str = ""
 

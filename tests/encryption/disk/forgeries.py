@@ -45,6 +45,11 @@ def nested(depth: int) -> Any:
 NASTY += [nested(50), nested(210), {"a": nested(300)}]
 
 
+def nasty(rng: random.Random) -> Any:
+    """One of them, not shared: a document is changed several times."""
+    return copy.deepcopy(rng.choice(NASTY))
+
+
 def document_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "deepenc.json").read_text())  # type: ignore[no-any-return]
 
@@ -80,14 +85,14 @@ def mutate(document: Any, rng: random.Random) -> None:
     elif how == 1 and isinstance(holder, list):
         holder.insert(key, copy.deepcopy(holder[key]))
     elif how == 1:
-        holder[rng.choice(["more", "../../x", "__class__"])] = rng.choice(NASTY)
+        holder[rng.choice(["more", "../../x", "__class__"])] = nasty(rng)
     elif how == 2 and type(holder[key]) is int:
         holder[key] += rng.choice([-(2**40), -1, 1, 2, 2**20, 2**40])
     elif how == 3:
         other, place = rng.choice(list(places(document)))
         holder[key] = copy.deepcopy(other[place])
     else:
-        holder[key] = rng.choice(NASTY)
+        holder[key] = nasty(rng)
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -332,7 +337,7 @@ def factory(folder: Path, rng: random.Random) -> None:
     fields = ["depth", "channels", "classes", "width", "num_classes", "num_labels", "num_hidden_layers"]
     fields += ["hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings", "width_mult"]
     fields += ["embed_dim", "weights", "auto_map", "cache_dir", "id2label", "layers", "depths"]
-    values = [huge, [huge] * 3, [2] * 100_000, rng.choice(NASTY), 8, {"0": huge}, float(huge)]
+    values = [huge, [huge] * 3, [2] * 100_000, nasty(rng), 8, {"0": huge}, float(huge)]
     library = rng.choice(list(names))
     arguments = {rng.choice(fields): rng.choice(values) for _ in range(rng.choice([1, 1, 2, 4]))}
     if rng.random() < 0.3:

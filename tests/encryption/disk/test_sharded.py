@@ -573,6 +573,7 @@ def test_masks_that_older_libraries_stored_come_along(tmp_path: Path, size: str)
     """As in GPT-2's own files; they are no tensors of the network, and an altered one is noticed."""
     victim, locked = saved(tmp_path / "victim", "gpt2", size=size), tmp_path / "locked"
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    masks |= {"empty": torch.empty(0, 4), "step": torch.tensor(3.0)}
     first = min(victim.glob("*.safetensors"))
     save_file(load_file(first) | masks, first, metadata={"format": "pt"})
     if size == "20KB":

@@ -71,7 +71,8 @@ def structure_of(folder: Path, entries: Mapping[str, Entry]) -> tuple[nn.Module,
 def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> set[str]:
     """See that a network has the tensors of a checkpoint, no more and no fewer, so that it can be rebuilt.
 
-    Older libraries stored masks and the like that networks make by themselves now; they may be there.
+    Older libraries stored masks and the like that networks make by themselves now; they may be there, and so
+    may empty tensors and single numbers.
 
     Args:
         network: From `structure_of`.
@@ -79,7 +80,7 @@ def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Pat
         folder: For messages.
 
     Returns:
-        The names of such masks.
+        The names of what else may be there, and is.
 
     Raises:
         CheckpointError: It has not.
@@ -88,7 +89,11 @@ def check_complete(network: nn.Module, stored: Mapping[str, Tensor], folder: Pat
     ignored = [
         re.compile(text) for text in getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
     ]
-    beside = {n for n in stored.keys() - own.keys() if n in made or any(p.search(n) for p in ignored)}
+    beside = {
+        name
+        for name in stored.keys() - own.keys()
+        if name in made or stored[name].numel() < 2 or any(pattern.search(name) for pattern in ignored)
+    }
     for name, tensor in stored.items():
         if name in own and own[name].shape != tensor.shape:
             raise CheckpointError(
