@@ -80,6 +80,11 @@ class _Slot(Generic[Job]):
     again: Job | None = None
     deaths: int = 0
 
+    def is_busy(self) -> bool:
+        """Whether it has a job, one to be tried again, or a worker that is starting."""
+        starting = self.worker is not None and not self.worker.ready
+        return starting or self.job is not None or self.again is not None
+
 
 @dataclass
 class Pool:
@@ -116,10 +121,7 @@ class Pool:
         while True:
             for slot in self._slots:
                 self._give(slot, jobs)
-            if (
-                not any(slot.job is not None or _is_starting(slot) for slot in self._slots)
-                and not jobs.left()
-            ):
+            if not any(slot.is_busy() for slot in self._slots) and not jobs.left():
                 return
             self._wait(jobs)
             for slot in self._slots:
@@ -134,7 +136,7 @@ class Pool:
             return
         if slot.worker is None:
             if slot.again is not None or jobs.left():
-                slot.worker = Worker(self.setup, self.output)
+                self._start(slot)
         elif slot.worker.ready:
             retried, slot.again = slot.again, None
             slot.job = jobs.next(slot.number) if retried is None else retried
@@ -142,6 +144,16 @@ class Pool:
                 slot.deaths = 0 if retried is None else slot.deaths
                 slot.since = time.monotonic()
                 slot.worker.send(jobs.message(slot.job))
+
+    def _start(self, slot: _Slot[Any]) -> None:
+        try:
+            slot.worker = Worker(self.setup, self.output)
+        except (OSError, EOFError) as error:  # the process that workers are forked from was killed just now
+            self._killed_at_start += 1
+            if self._killed_at_start >= STARTS:
+                raise WorkerError(
+                    f"a worker process cannot be started: {error!r}; is memory left?"
+                ) from error
 
     def _wait(self, jobs: Jobs[Any]) -> None:
         """Until a worker has said something or died, or it is time to look around."""
@@ -204,7 +216,3 @@ class Pool:
         slot.worker.end()
         job, slot.job, slot.worker = slot.job, None, None
         jobs.overdue(job)
-
-
-def _is_starting(slot: _Slot[Any]) -> bool:
-    return slot.worker is not None and not slot.worker.ready

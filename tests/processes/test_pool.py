@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from deepenc.errors import VictimError, WorkerError
+from deepenc.processes import pool
 from deepenc.processes.pool import STARTS, Jobs, Pool
 from deepenc.processes.residue import Surroundings
+from deepenc.processes.worker import METHOD
 
 
 def obey(message, tell):
@@ -33,6 +35,9 @@ def obey(message, tell):
         case "kill once", mark if not Path(mark).exists():
             Path(mark).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        case "kill parent once", mark if not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getppid(), signal.SIGKILL)
         case "close", _:
             os.closerange(3, 60)
         case "fork", _:
@@ -101,8 +106,8 @@ class Script(Jobs):
 def play(tmp_path):
     def played(*messages, size=1, setup=ready, **more):
         script = Script(*messages, **more)
-        with Pool(setup, size, tmp_path / "output.txt") as pool:
-            pool.run(script)
+        with Pool(setup, size, tmp_path / "output.txt") as workers:
+            workers.run(script)
         return script
 
     return played
@@ -230,6 +235,28 @@ def test_processes_killed_before_they_are_ready_are_started_again(play, tmp_path
 def test_but_not_for_ever(play, tmp_path):
     with pytest.raises(WorkerError, match="SIGKILL"):
         play(("sleep", 0), setup=KilledAtStart(tmp_path, 1000))
+
+
+@pytest.mark.skipif(METHOD != "forkserver", reason="there is no process that forks")
+def test_the_process_that_forks_is_started_again(play, tmp_path):
+    script = play(("kill parent once", str(tmp_path / "mark")), ("sleep", 0))
+    assert set(script.results) == {0, 1} and not script.reasons
+
+
+def test_a_process_that_could_not_be_forked_is_started_again(play, monkeypatch):
+    failures = [BrokenPipeError(), EOFError(), ConnectionRefusedError()]
+    start = pool.Worker
+
+    def starting(*arguments):
+        if failures:
+            raise failures.pop()
+        return start(*arguments)
+
+    monkeypatch.setattr(pool, "Worker", starting)
+    assert set(play(("sleep", 0)).results) == {0}
+    failures += [OSError("no memory")] * STARTS
+    with pytest.raises(WorkerError, match="no memory"):
+        play(("sleep", 0))
 
 
 SCRIPT = """

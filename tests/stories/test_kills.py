@@ -37,7 +37,7 @@ SCRIPT = """
     folder, lease, fields = sys.argv[1:]
     experiment = Experiment(victims=(TinySource(),), defenses=(host_defense(),), **json.loads(fields))
     summary = run(experiment, folder, cache=folder, workers=2, lease=float(lease), retry_failed=True)
-    sys.exit(bool(summary.problems))
+    sys.exit(3 if summary.problems else 0)
 """
 TARGETS = ("coordinator", "group", "worker", "server")
 
@@ -144,6 +144,7 @@ def campaign(base, kills, seed):
             if done.total() == kills:
                 return folders, done
         else:  # a cell whose worker was killed twice has failed: it is tried again
+            assert process.returncode == 3, (folders[-1] / "errors").read_text()[-3000:]
             process = start(folders[-1])
 
 

@@ -209,7 +209,7 @@ def test_a_record_of_another_version(store, tmp_path):
     store.claim(task.identity, "a")
     store.finish(done(task), "a")
     with sqlite3.connect(tmp_path / "run.sqlite") as connection:
-        connection.execute("update cells set record = replace(record, '\"version\":2', '\"version\":9')")
+        connection.execute("update cells set record = json_set(record, '$.version', 9)")
     connection.close()
     with pytest.raises(StoreError, match="cannot read"):
         store.records()
