@@ -74,17 +74,15 @@ class Gates(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         every = torch.cat([case.labelled.inputs, case.unlabelled])
-        renewed = bool(batchnorms(case.encrypted)) and not self.freeze_norms
+        renewed = self.keep == "soft" and not self.freeze_norms and bool(batchnorms(case.encrypted))
         gated = Gated(case.copy(), case.sites)
-        reserve = len(every) if renewed and self.keep == "soft" else 0
-        taken, diverged = self._learn(case, gated, reserve)
+        taken, diverged = self._learn(case, gated, len(every) if renewed else 0)
         scores = {name: -gate.detach().double().cpu() for name, gate in gated.gates.items()}
         if not taken:
             return Claim(scores=scores, network=case.copy(), diverged=diverged)
-        if self.keep == "hard":
-            pruned = case.remove(gated.closed(self.threshold)) if case.configuration is None else None
-            return Claim(scores=scores, network=pruned, diverged=diverged)
-        network = gated.baked()
+        if self.keep == "hard" and case.configuration is not None:
+            return Claim(scores=scores, diverged=diverged)  # the arena removes as many as there are
+        network = case.remove(gated.closed(self.threshold)) if self.keep == "hard" else gated.baked()
         if renewed:
             reestimate(network, every)
         return Claim(scores=scores, network=network, diverged=diverged)
