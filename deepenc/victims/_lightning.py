@@ -1,44 +1,131 @@
-"""The Lightning module behind `training.fit`; imported only when something is trained."""
+"""What Lightning's Trainer runs for `training.fit`; imported only when something is trained."""
 
 from __future__ import annotations
 
+import logging
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from deepenc.victims.recipe import Course
+from deepenc.victims.augment import cropped, flipped, shifted
+from deepenc.victims.recipe import TrainingPlan
+from deepenc.victims.victim import Images
+
+
+def train(network: nn.Module, images: Images, generator: torch.Generator, plan: TrainingPlan) -> bool:
+    """Train a network in place on the device of the images.
+
+    Args:
+        network: In the mode to be trained in; on the CPU afterwards, if that is not its device.
+        images: At least one.
+        generator: On the CPU; decides the order of the images and how they are changed.
+        plan: How.
+
+    Returns:
+        Whether all stayed finite; if not, the network has the last weights with a finite loss.
+    """
+    device = images.inputs.device
+    classifier = Classifier(network, generator, plan)
+    loader = DataLoader(
+        TensorDataset(images.inputs, images.labels),
+        batch_size=None,  # the sampler gives the indices of whole batches
+        sampler=Batches(len(images), plan.recipe.batch_size, plan.steps, generator),
+        generator=torch.Generator(),  # for workers; without one it would draw from the global generator
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with _quiet():
+            Trainer(
+                max_epochs=1,
+                accelerator="gpu" if device.type == "cuda" else device.type,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
+                precision="bf16-mixed" if plan.recipe.mixed else "32-true",
+                plugins=[
+                    LightningEnvironment()
+                ],  # a cluster's variables in the environment are not meant for us
+                barebones=True,
+            ).fit(classifier, loader)
+    except SystemExit as ended:  # what Lightning makes of Ctrl-C, to ignore the next one
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from ended
+    return not classifier.diverged
+
+
+class Batches(Sampler[list[int]]):
+    """Indices of all batches of a training: in each pass over the images a new order, without a remainder.
+
+    All passes are one epoch of Lightning's, which takes milliseconds for each: few images make many passes.
+
+    Args:
+        count: Images, ``>= 1``.
+        size: Of a batch; where there are fewer images, they are the only one of a pass.
+        steps: Batches in all.
+        generator: On the CPU.
+    """
+
+    def __init__(self, count: int, size: int, steps: int, generator: torch.Generator) -> None:
+        self.count, self.size, self.steps, self.generator = count, size, steps, generator
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        each = max(1, self.count // self.size)
+        for step in range(self.steps):
+            batch = step % each
+            if not batch:
+                order = torch.randperm(self.count, generator=self.generator).tolist()
+            yield order[batch * self.size : (batch + 1) * self.size]
 
 
 class Classifier(LightningModule):
-    """Trains a network on labels and remembers its last finite state.
+    """Trains a network on labels; where that diverges, it goes back to the last weights with a finite loss.
 
     Args:
         network: Called itself, so that hooks on it see every sample.
-        course: How.
+        generator: On the CPU; decides how images are changed.
+        plan: How.
     """
 
-    def __init__(self, network: nn.Module, course: Course) -> None:
+    def __init__(self, network: nn.Module, generator: torch.Generator, plan: TrainingPlan) -> None:
         super().__init__()
         self.network = network
-        self.course = course
+        self.generator = generator
+        self.plan = plan
         self.diverged = False
         self._kept: list[Tensor] = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with a cosine, one group for each factor of the learning rate."""
-        course, recipe = self.course, self.course.recipe
-        factors = sorted(set(course.factors.values()), reverse=True)
-        groups = [{"params": [p for p, own in course.factors.items() if own == f], "lr": f} for f in factors]
+        plan, recipe = self.plan, self.plan.recipe
+        factors = sorted(set(plan.factors.values()), reverse=True)
+        groups = [{"params": [p for p, own in plan.factors.items() if own == f], "lr": f} for f in factors]
         optimizer = SGD(groups, lr=1.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        schedule = LambdaLR(optimizer, lambda step: recipe.rate(step, course.steps))
+        schedule = LambdaLR(optimizer, lambda step: recipe.rate(step, plan.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Crop, mirror and move the images at random, as the recipe says."""
+        (inputs, labels), recipe = batch, self.plan.recipe
+        inputs = cropped(inputs, recipe.crop)
+        if recipe.flip:
+            inputs = flipped(inputs, self.generator)
+        return shifted(inputs, recipe.shift, self.generator), labels
 
     def on_train_start(self) -> None:
         """Remember the weights that training starts from."""
@@ -48,34 +135,26 @@ class Classifier(LightningModule):
         """Cross-entropy of one batch; None ends the training."""
         inputs, labels = batch
         outputs = self._outputs(inputs)
-        loss = F.cross_entropy(outputs, labels, label_smoothing=self.course.recipe.label_smoothing)
-        for parameter, weight in self.course.penalties.items():
+        loss = F.cross_entropy(outputs, labels, label_smoothing=self.plan.recipe.label_smoothing)
+        for parameter, weight in self.plan.penalties.items():
             loss = loss + weight * parameter.abs().sum()
         if not torch.isfinite(loss):
-            self._stop()
+            self.diverged = self.trainer.should_stop = True
             return None
         torch._foreach_copy_(self._kept, self._tensors())
         return loss
 
+    def on_train_end(self) -> None:
+        """Go back where the loss, or what the last step left, is not finite."""
+        self.diverged |= not all(bool(tensor.isfinite().all()) for tensor in self._tensors())
+        if self.diverged:
+            torch._foreach_copy_(self._tensors(), self._kept)
+
     def _outputs(self, inputs: Tensor) -> Tensor:
-        if not self.course.channels_last:
+        if not self.plan.channels_last:
             return cast(Tensor, self.network(inputs))
         with _Reshaping():
             return cast(Tensor, self.network(inputs.contiguous(memory_format=torch.channels_last)))
-
-    def finish(self) -> bool:
-        """Go back to the last finite state where the last step left it; say whether all went well."""
-        if not all(bool(torch.isfinite(t).all()) for t in self._tensors()):
-            self._stop()
-        if self.diverged:
-            with torch.no_grad():
-                kept = [old.to(new.device) for old, new in zip(self._kept, self._tensors(), strict=True)]
-                torch._foreach_copy_(self._tensors(), kept)
-        return not self.diverged
-
-    def _stop(self) -> None:
-        self.diverged = True
-        self.trainer.should_stop = True
 
     def _tensors(self) -> list[Tensor]:
         found = (*self.network.parameters(), *self.network.buffers())
@@ -93,3 +172,19 @@ class _Reshaping(TorchFunctionMode):
             except RuntimeError:
                 return Tensor.reshape(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice on loaders and devices out of the user's log."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -76,8 +76,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Course:
-    """A recipe made out for one network.
+class TrainingPlan:
+    """A recipe resolved for one network.
 
     Attributes:
         recipe: The recipe.

@@ -1,11 +1,7 @@
-"""Training with Lightning: one plain recipe, for victims and for attackers alike."""
+"""Training: one plain recipe, for victims and for attackers alike."""
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,8 +10,7 @@ from torch import Tensor, nn
 
 from deepenc.analysis.batchnorm import batchnorms
 from deepenc.errors import ConfigError, near
-from deepenc.victims.augment import cropped, flipped, shifted
-from deepenc.victims.recipe import Course, Recipe
+from deepenc.victims.recipe import Recipe, TrainingPlan
 from deepenc.victims.victim import Images
 
 
@@ -62,7 +57,6 @@ def fit(
         with (
             _own_randomness(generator, images.inputs.device),
             torch.enable_grad(),
-            _quiet(),
             _channels_last(network, images.inputs) as channels_last,
         ):
             network.train()
@@ -70,8 +64,11 @@ def fit(
                 norm.eval()
             for parameter in wanted:
                 parameter.requires_grad_(parameter in factors)
-            course = Course(recipe, steps, factors, penalties, channels_last)
-            return _run(network, images, generator, course)
+            plan = TrainingPlan(recipe, steps, factors, penalties, channels_last)
+            # Imported here: whoever only encrypts does not wait for Lightning.
+            from deepenc.victims._lightning import train
+
+            return train(network, images, generator, plan)
     finally:
         for parameter, grad in wanted.items():
             parameter.requires_grad_(grad)
@@ -89,51 +86,6 @@ def _by_parameter(network: nn.Module, named: Mapping[str, float] | None) -> dict
     if negative := sorted(name for name, value in named.items() if not value >= 0):
         raise ConfigError(f"expected factors >= 0, got {named[negative[0]]} for {negative[0]!r}")
     return {own[name]: value for name, value in named.items() if value > 0}
-
-
-class Batches:
-    """Shuffled batches without end, drawn from a generator of their own."""
-
-    def __init__(self, images: Images, recipe: Recipe, generator: torch.Generator) -> None:
-        self.images, self.recipe, self.generator = images, recipe, generator
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of ``(inputs, labels)``, epoch after epoch."""
-        count, size = len(self.images), self.recipe.batch_size
-        while True:
-            order = torch.randperm(count, generator=self.generator)
-            for start in range(0, max(1, count // size) * size, size):
-                chosen = order[start : start + size].to(self.images.inputs.device)
-                yield self._augmented(self.images.inputs[chosen]), self.images.labels[chosen]
-
-    def _augmented(self, inputs: Tensor) -> Tensor:
-        inputs = cropped(inputs, self.recipe.crop)
-        if self.recipe.flip:
-            inputs = flipped(inputs, self.generator)
-        return shifted(inputs, self.recipe.shift, self.generator)
-
-
-def _run(network: nn.Module, images: Images, generator: torch.Generator, course: Course) -> bool:
-    # Imported here: whoever only encrypts does not wait for Lightning.
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.pytorch import Trainer
-
-    from deepenc.victims._lightning import Classifier
-
-    device = images.inputs.device
-    classifier = Classifier(network, course)
-    trainer = Trainer(
-        max_steps=course.steps,
-        max_epochs=-1,
-        accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if course.recipe.mixed else "32-true",
-        plugins=[LightningEnvironment()],  # a cluster's variables in the environment are not meant for us
-        barebones=True,
-    )
-    with _interruptible():
-        trainer.fit(classifier, Batches(images, course.recipe, generator))
-    return classifier.finish()
 
 
 @contextmanager
@@ -162,37 +114,3 @@ def _own_randomness(generator: torch.Generator, device: torch.device) -> Iterato
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice out of the user's log: loaders, progress bars and checkpoints are not meant."""
-    import lightning.pytorch  # noqa: F401  # its import sets the levels that are changed here
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning")
-        loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-        levels = [logger.level for logger in loggers]
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C be Ctrl-C: Lightning turns it into an exit, and then ignores the next one."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main else None
-    try:
-        yield
-    except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from ended
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)

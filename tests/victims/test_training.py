@@ -17,7 +17,7 @@ from torch import nn
 from deepenc.errors import ConfigError, OutOfBudget
 from deepenc.victims.augment import shifted
 from deepenc.victims.recipe import Recipe
-from deepenc.victims.training import Batches, fit
+from deepenc.victims.training import fit
 from deepenc.victims.victim import Images
 
 
@@ -44,6 +44,23 @@ def equal(one, two):
     return all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+def batches(data, size, source):
+    """Batches without end: each epoch in a new order, an incomplete last batch left out."""
+    while True:
+        order = torch.randperm(len(data), generator=source)
+        for start in range(0, max(1, len(data) // size) * size, size):
+            chosen = order[start : start + size]
+            yield data.inputs[chosen], data.labels[chosen]
+
+
+def shown(data, recipe):
+    """The first values of the inputs that a network is trained on, batch by batch."""
+    model, seen = nn.Linear(data.inputs.shape[1], 2), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 0].tolist()))
+    fit(model, data, recipe, generator())
+    return seen
+
+
 def test_fit_is_plain_sgd_with_a_cosine():
     """Against a loop written out: same batches, momentum, weight decay, and a learning rate by formula."""
     recipe = Recipe(steps=7, lr=0.2, final_lr=0.02, momentum=0.8, weight_decay=0.01, batch_size=16)
@@ -53,7 +70,7 @@ def test_fit_is_plain_sgd_with_a_cosine():
     source = generator(1)
     torch.randint(2**62, (), generator=source)  # what fit draws for dropout
     velocity = [torch.zeros_like(p) for p in plain.parameters()]
-    for step, (inputs, labels) in zip(range(7), Batches(data, recipe, source), strict=False):
+    for step, (inputs, labels) in zip(range(7), batches(data, 16, source), strict=False):
         rate = 0.02 + (0.2 - 0.02) * (1 + math.cos(math.pi * step / 7)) / 2
         gradients = torch.autograd.grad(
             nn.functional.cross_entropy(plain(inputs), labels), tuple(plain.parameters())
@@ -67,18 +84,16 @@ def test_fit_is_plain_sgd_with_a_cosine():
 
 
 def test_an_epoch_shows_each_image_once_and_leaves_out_an_incomplete_batch():
-    data = Images(torch.arange(10.0)[:, None], torch.arange(10))
-    batches = iter(Batches(data, Recipe(batch_size=4), generator()))
-    epoch = [next(batches) for _ in range(2)]
-    shown = [label for _, labels in epoch for label in labels.tolist()]
-    assert len(set(shown)) == 8 and [len(labels) for _, labels in epoch] == [4, 4]
-    assert all(torch.equal(inputs[:, 0].long(), labels) for inputs, labels in epoch)
+    data = Images(torch.arange(10.0)[:, None], torch.arange(10) % 2)
+    seen = shown(data, Recipe(epochs=3, batch_size=4))
+    assert [len(batch) for batch in seen] == [4] * 6
+    epochs = [seen[0] + seen[1], seen[2] + seen[3], seen[4] + seen[5]]
+    assert all(len(set(epoch)) == 8 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
 def test_fewer_images_than_a_batch_are_one_batch():
-    data = Images(torch.zeros(3, 5), torch.tensor([0, 1, 1]))
-    assert len(next(iter(Batches(data, Recipe(batch_size=64), generator())))[1]) == 3
-    assert Recipe(epochs=5, batch_size=64).total_steps(3) == 5
+    seen = shown(Images(torch.arange(3.0)[:, None], torch.tensor([0, 1, 1])), Recipe(epochs=5, batch_size=64))
+    assert [sorted(batch) for batch in seen] == [[0, 1, 2]] * 5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from deepenc.errors import ConfigError
 from deepenc.victims.augment import cropped, flipped
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.recipe import Recipe
-from deepenc.victims.training import Batches, fit
+from deepenc.victims.training import fit
 from deepenc.victims.victim import Images
 
 
@@ -60,8 +60,14 @@ def plain(model, data, recipe, source, loss, rates=None):
     named = {n: p for n, p in model.named_parameters() if rates is None or n in rates}
     velocity = {name: torch.zeros_like(p) for name, p in named.items()}
     model.train()
-    batches = Batches(data, recipe, source)
-    for step, (inputs, labels) in zip(range(recipe.steps), batches, strict=False):
+    size = recipe.batch_size
+    batches = (
+        order[start : start + size]
+        for order in iter(lambda: torch.randperm(len(data), generator=source), None)
+        for start in range(0, len(data) - size + 1, size)
+    )
+    for step, chosen in zip(range(recipe.steps), batches, strict=False):
+        inputs, labels = data.inputs[chosen], data.labels[chosen]
         gradients = torch.autograd.grad(loss(model(inputs), labels), tuple(named.values()))
         with torch.no_grad():
             for (name, p), gradient in zip(named.items(), gradients, strict=True):
