@@ -45,7 +45,7 @@ class Entry(BaseModel):
         attack: The attack, or its spec. In YAML the entry itself may be the spec, with the other fields
             beside the attack's own parameters.
         threats: Names of the threat models it runs under; default: all.
-        victims: Labels of the victims it is let loose on; default: all. (An attacker's own network must be
+        victims: Labels of the victims it is run on; default: all. (An attacker's own network must be
             another one than the victim.)
         label: How tables call it; default: the attack's name.
         keys: Keys it is fought under at most; default: the experiment's.

@@ -211,7 +211,7 @@ def worst(records: Sequence[Record]) -> list[WorstSummary]:
     """The strongest attack per key, then summarised, for every protecting defense and threat.
 
     Attacks that use nothing of the encrypted network (``reference == "scratch"``) do not count, nor do keys
-    that some attack was not let loose on, where others met them all: they would look safer than they are.
+    that some attack was not run on, where others met them all: they would look safer than they are.
     """
     references = References(records)
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)

@@ -48,7 +48,7 @@ def encrypt(
 
     While the work goes on, the secret from which everything is drawn lies beside the key to be, sealed with
     the passphrase (``.NAME.partial``): interrupted, the same command goes on where it was. A key for
-    recipients only cannot be opened here, so that then the work starts anew.
+    recipients only cannot be opened here, so that the work then starts over.
 
     Args:
         source: The victim's checkpoint.
@@ -150,12 +150,12 @@ def _secret(record: Path, passphrase: str, about: dict[str, str]) -> bytes:
     except KeyFileError as error:
         raise KeyFileError(
             f"{record} is of an interrupted encryption, but does not open: {error}. Give the passphrase of "
-            "that run to go on, or remove the file to start anew"
+            "that run to go on, or remove the file to start over"
         ) from error
     if any(content.get(name) != value for name, value in about.items()):
         raise ConfigError(
             f"{record} is of the interrupted work on {content.get('source')} to {content.get('folder')}: "
-            "give the same command to finish that, or remove the file to start anew"
+            "give the same command to finish that, or remove the file to start over"
         )
     return bytes.fromhex(content["secret"])
 

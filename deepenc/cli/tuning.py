@@ -79,7 +79,7 @@ def tune(
         raise StoreError(f"cannot write {folder / TABLES}: {error.strerror}") from error
     best, *pictures = write(search, tuned.study, [f.defense for f in tuned.finalists], folder)
     console.print(
-        f"{tuned.fought} trials fought now, in {tuned.seconds:.0f} s.\n"
+        f"{tuned.fought} trials run now, in {tuned.seconds:.0f} s.\n"
         f"best      {best}\ntables    {folder / TABLES}\npictures  {len(pictures)} in {folder}",
         markup=False,
     )

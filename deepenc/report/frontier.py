@@ -38,7 +38,7 @@ class Frontier:
 def frontiers(records: Sequence[Record], tolerable: float = TOLERABLE) -> list[Frontier]:
     """The frontier of every protecting defense over every curve of a run.
 
-    Attacks that were fought under the plain threat model, not along the curve, count at each of its values
+    Attacks that were run under the plain threat model, not along the curve, count at each of its values
     (an attack without labels gains nothing by some), beside the references there: the plain threat model
     should give the least value.
 

@@ -28,7 +28,7 @@ LEGEND = (
 def report(records: Sequence[Record]) -> RenderableType:
     """All tables of a run: the strongest attack per defense, then every cell, then the legend."""
     if not records:
-        return Text("No duel has been fought yet.")
+        return Text("No duel has been run yet.")
     summaries = summarise(records)
     parts: list[RenderableType] = []
     for (victim, threat), members in _by(summaries):

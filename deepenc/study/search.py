@@ -36,7 +36,7 @@ class Search(BaseModel):
             ``+`` or null for none. An entry of a mapping stands in brackets:
             ``placement.counts[layer1.0.conv1]``. A parameter that the chosen plugin does not have is
             left out.
-        attacks: Attacks, from cheap to dear.
+        attacks: Attacks, from cheap to expensive.
         threats: Threat models.
         objectives: What to reach: several make a front of compromises. ``damage-per-memory``: points of
             accuracy lost per percent of memory; ``gain``: Equation 1 with ``lam``; ``worst-advantage``: of

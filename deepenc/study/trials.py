@@ -1,4 +1,4 @@
-"""One trial: a defense of the space, let loose on its attacks from cheap to dear, on tuning data alone."""
+"""One trial: a defense of the space, under its attacks from cheap to expensive, on tuning data alone."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Evaluator:
         return self._encryptions[cell.key]
 
     def _memory(self, defense: Defense, cell: Cell) -> float:
-        """Memory of a defense; hardening, which is dear, does not change it."""
+        """Memory of a defense; hardening, which is expensive, does not change it."""
         bare = defense.model_copy(update={"hardening": ()})
         return Encryption.of(self._subject, bare, self._task(cell).secret).memory
 
@@ -160,7 +160,7 @@ class Evaluator:
         if key.arrangement and measure.startswith("features"):
             raise ConfigError(
                 f"the measure {measure!r} compares channels in their order, and the defense arranges them "
-                "anew; measure logits or probabilities"
+                "otherwise; measure logits or probabilities"
             )
         victim, network = encryption.subject.victim, fresh(encryption, torch.device("cpu"))
         inputs = victim.judge.inputs[:RESPONSE_IMAGES]

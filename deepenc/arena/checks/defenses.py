@@ -99,7 +99,7 @@ def defense_checks(defense: Defense) -> list[Check]:
     return [
         Check("gives the victim back, bit for bit", lambda: _reversible(defense)),
         Check("makes the same network from the same secret", lambda: _repeatable(defense)),
-        Check("tells a prying attacker nothing", lambda: _tight_lipped(defense)),
+        Check("leaks nothing to an inspection of the case", lambda: _check_no_leak(defense)),
     ]
 
 
@@ -161,7 +161,7 @@ def _repeatable(defense: Defense) -> None:
         raise Broken(f"one secret made two networks ({changed[:5] if key == other else 'two keys'})")
 
 
-def _tight_lipped(defense: Defense) -> None:
+def _check_no_leak(defense: Defense) -> None:
     """Over several keys: no finding, detection within chance, accuracy not above the null attack's."""
     subject = tiny_subject()
     images = subject.victim.judge

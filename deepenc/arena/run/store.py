@@ -325,5 +325,5 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
 
 
 def _plan_again(connection: Connection, where: ColumnElement[bool]) -> int:
-    anew = update(_cells).where(where).values(state="planned", record=None, owner=None)
-    return connection.execute(anew).rowcount
+    again = update(_cells).where(where).values(state="planned", record=None, owner=None)
+    return connection.execute(again).rowcount

@@ -167,7 +167,7 @@ def save(
         defense: `Defense.spec` of the defense.
 
     Raises:
-        ConfigError: The factory cannot be meant.
+        ConfigError: The factory is invalid.
         CheckpointError: The folder is in use or cannot be written, or a tensor cannot be stored.
         KeyFileError: The key is another network's.
     """

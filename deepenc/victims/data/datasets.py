@@ -175,7 +175,7 @@ def aircraft(root: Path, cache: Path, classes: int | None = None) -> Dataset:
 def order(ids: Sequence[bytes], train: Sequence[bool]) -> tuple[Index, Index]:
     """Indices of the training images and of the test images, each in the order of their contents.
 
-    Test images that are also in the training part are left out: a network may have learned them by heart.
+    Test images that are also in the training part are left out: a network may have memorised them.
     """
     ranked = sorted(range(len(ids)), key=lambda i: ids[i])
     first = [i for i in ranked if train[i]]

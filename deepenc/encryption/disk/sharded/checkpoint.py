@@ -57,7 +57,7 @@ def encrypt_checkpoint(
     """Encrypt a Hugging Face style checkpoint into a folder of the same files.
 
     One tensor at a time is in memory. The target has its name only when it is whole; interrupted, the work
-    goes on where it was if it is started again with the same secret or seed, and anew with another.
+    goes on where it was if it is started again with the same secret or seed, and starts over with another.
 
     Args:
         source: Folder with ``config.json`` and ``model.safetensors``, or several files and their index.
