@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from deepenc.analysis.batchnorm import reestimate
+from deepenc.analysis.batchnorm import batchnorms, reestimate
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.threat import Needs
 
@@ -14,7 +14,7 @@ from deepenc.arena.threat import Needs
 class Recalibrate(Attack):
     """Re-estimate all BatchNorm running statistics on unlabelled images; remove nothing.
 
-    A network without BatchNorm is claimed as it is.
+    Where there is no BatchNorm with such statistics, there is nothing to do.
     """
 
     name: ClassVar[str] = "recalibrate"
@@ -27,6 +27,10 @@ class Recalibrate(Attack):
     def needs(self) -> Needs:
         """The images."""
         return Needs(unlabelled=self.images)
+
+    def pointless(self, case: Case) -> str | None:
+        """See `Attack.pointless`."""
+        return None if batchnorms(case.encrypted) else "the network has no BatchNorm with running statistics"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -82,7 +82,7 @@ class Shadow(Attack):
         """Every site of every encryption of one network."""
         data = torch.cat([case.labelled.inputs, case.unlabelled])
         for key in range(self.encryptions):
-            secret = derive(case.seed.to_bytes(32), "shadow", number, defense.name, key)
+            secret = derive(case.seed.to_bytes(32), "shadow", key, number, defense.name)
             yield from own.encrypted(defense, secret, data, self.features)
 
     def _cross(self, samples: Sequence[Sample], victim: Mapping[str, Rows], seed: int) -> Scores:

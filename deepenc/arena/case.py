@@ -179,6 +179,17 @@ class Attack(Plugin):
         """The least the threat model must give."""
         return Needs()
 
+    def pointless(self, case: Case) -> str | None:
+        """Why there is nothing to attack in this case, in words; the arena asks before it attacks.
+
+        Args:
+            case: What `attack` would be given.
+
+        Returns:
+            None where the attack may do something.
+        """
+        return None
+
     @abstractmethod
     def attack(self, case: Case) -> Claim:
         """Attack one case.

@@ -58,6 +58,8 @@ def _begun(task: Task, encryption: Callable[[], Encryption]) -> Record:
         with isolated(task.seed, task.device):
             case = build_case(encrypted, threat, task.seed, task.leak_seed, torch.device(task.device))
             meter = case.meter
+            if pointless := cell.entry.attack.pointless(case):
+                return task.record(state="unsupported", reason=pointless, **known)
             claim = fight(cell.entry.attack, case, label)
         _restore(surroundings, label)
         with isolated(task.seed, task.device):

@@ -80,23 +80,29 @@ def check(
         str, typer.Argument(metavar="FILE|NAME", help="A Python file, or a plugin: finetune:lr=0.01.")
     ],
 ) -> None:
-    """Hold plugins to the contract that every attack, placement and the like must keep.
+    """Hold plugins to the contract that every attack, victim, placement and the like must keep.
 
     Example: deepenc check collisions
     """
-    from deepenc.arena.checks.contract import run_checks
+    from deepenc.arena.checks.apart import run_apart
+    from deepenc.arena.checks.contract import Result
+    from deepenc.plugins import loaded_files
 
     console = out()
-    failed = 0
+    faults = 0
+
+    def tell(result: Result) -> None:
+        nonlocal faults
+        mark, style = ("ok    ", "green") if result.passed else ("FAILED", "bold red")
+        console.print(mark if result.checked else "—     ", style=style if result.checked else "", end=" ")
+        console.print(f"{result.name}  {result.detail}".rstrip(), markup=False, soft_wrap=True)
+        faults += not result.passed and not result.repeated
+
     for plugin in _plugins(what):
         console.print(f"{plugin.kind} {plugin.name}", style="bold", markup=False)
-        for result in run_checks(plugin):
-            mark, style = ("ok    ", "green") if result.passed else ("FAILED", "bold red")
-            console.print(mark, style=style, end=" ")
-            console.print(f"{result.name}  {result.detail}".rstrip(), markup=False, soft_wrap=True)
-            failed += not result.passed
-    if failed:
-        console.print(f"{failed} checks failed.")
+        run_apart(plugin, tuple(loaded_files()), tell)
+    if faults:
+        console.print("1 fault found." if faults == 1 else f"{faults} faults found.")
         raise typer.Exit(1)
     console.print("All checks passed.")
 
@@ -107,7 +113,7 @@ def _plugins(what: str) -> list[Any]:
 
     if what.endswith(".py") or Path(what).is_file():
         return [build(cls.kind, cls.name) for cls in load_file(what)]
-    known = {kind: names(kind) for kind in GROUPS if kind != "victim"}
+    known = {kind: names(kind) for kind in GROUPS}
     name, _, parameters = what.partition(":")
     kinds = [kind for kind, called in known.items() if name in called]
     if not kinds:

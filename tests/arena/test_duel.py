@@ -208,6 +208,17 @@ def test_unmet_needs_are_unsupported(encryption):
     assert "configuration" in record.reason
 
 
+def test_a_case_with_nothing_to_attack_is_unsupported(encryption):
+    class Pointless(Greedy):
+        needs = property(lambda _: Needs())
+
+        def pointless(self, case):
+            return f"{len(case.sites)} sites say nothing"
+
+    record = fought(Pointless(), encryption)
+    assert (record.state, record.reason) == ("unsupported", "3 sites say nothing")
+
+
 def test_more_images_than_there_are(encryption):
     record = fought(Leave(), encryption, Threat(name="rich", labelled=200, unlabelled=57))
     assert record.state == "unsupported"

@@ -67,7 +67,9 @@ def test_recalibrate_averages_over_chunks(plant):
 
 def test_recalibrate_without_batch_norm_claims_an_equal_network(plant):
     planted = plant(unlabelled=32)
+    assert Recalibrate().pointless(planted.case) is None
     planted.case.encrypted.bn1 = nn.Identity()
+    assert "no BatchNorm" in Recalibrate().pointless(planted.case)
     claimed = Recalibrate().attack(planted.case).network
     assert planted.case.meter.samples == 0
     expected = planted.case.encrypted.state_dict()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from deepenc.arena.build import Encryption, build_case
-from deepenc.arena.case import Attack, Case, Claim
-from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
+from deepenc.arena.case import Attack, Case, Claim, Weakness
+from deepenc.arena.checks.base import Broken, Check, NothingPromised, differing, snapshot, watched
+from deepenc.arena.checks.bounds import check_ends
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.checks.tiny import TinySource, Unusual, host_defense, tiny_subject, unusual_subject
 from deepenc.arena.duel import duel, fight, measure
@@ -26,6 +27,7 @@ from deepenc.seeds import isolated
 CPU = torch.device("cpu")
 SEED = 4242
 LABELLED = UNLABELLED = 64
+SMALL = {"steps": 2, "samples": 2000}
 
 
 def attack_checks(attack: Attack) -> list[Check]:
@@ -38,6 +40,7 @@ def attack_checks(attack: Attack) -> list[Check]:
         Check("runs with no more than it says it needs, and is refused with less", bench.check_needs),
         Check("keeps to a budget of nothing", bench.check_budget),
         *(Check(f"bears {kind}", partial(bench.check_unusual, kind)) for kind in get_args(Unusual)),
+        Check("runs at the bounds of its parameters", bench.check_bounds),
         Check("claims the same whatever the key", bench.check_blind),
         Check("sees the planted weakness that it promises to see", bench.check_promise),
     ]
@@ -108,11 +111,18 @@ class Bench:
 
     def check_deterministic(self) -> None:
         """Twice the same case, twice the same claim."""
-        if changed := self._differs(self.second) and self._differs(self.claim(self.case())):
+        if changed := self.unsteady:
             raise Broken(
                 f"two runs with one seed differ in {changed[:5]}; draw every random number from "
                 "case.generator() or case.seed"
             )
+
+    @cached_property
+    def unsteady(self) -> list[str]:
+        """What is another thing at each call, on one and the same case; not asked where nothing differs."""
+        if not self._differs(self.second):
+            return []
+        return self._differs(self.claim(self.case())) or self._differs(self.claim(self.case()))
 
     @cached_property
     def second(self) -> Claim:
@@ -139,8 +149,8 @@ class Bench:
         record = duel(task, lambda: self.encryption)
         if record.state not in states:
             raise Broken(
-                f"given {_given(threat)} it ended {record.state!r}, not {sorted(states)}: "
-                f"{(record.reason or '').strip()[-300:]}; does `needs` say all that it needs?"
+                f"{(record.reason or '').partition(chr(10))[0][:300]}: so it ended as {record.state!r}, not "
+                f"{' or '.join(sorted(states))}, given {_given(threat)}; does `needs` say all that it needs?"
             )
 
     def check_budget(self) -> None:
@@ -153,6 +163,21 @@ class Bench:
                 f"it spent {case.meter.samples} samples and {case.meter.steps} steps of a budget of nothing"
             )
 
+    def check_bounds(self) -> None:
+        """A claim that can be measured, or words; with a small budget."""
+
+        def act(attack: Attack) -> None:
+            bench = Bench(attack)
+            lack = bench.threat.model_copy(update=SMALL)
+            case = build_case(self.encryption, lack, SEED, SEED + 1, CPU)
+            if (
+                len(case.labelled) >= attack.needs.labelled
+                and len(case.unlabelled) >= attack.needs.unlabelled
+            ):
+                measure(bench.claim(case), case, self.encryption, attack.name, 16)
+
+        check_ends(self.attack, act)
+
     def check_unusual(self, kind: Unusual) -> None:
         """A claim that can be measured."""
         subject = unusual_subject(kind, max(256, self.threat.labelled + self.threat.unlabelled))
@@ -163,12 +188,19 @@ class Bench:
     def check_blind(self) -> None:
         """The encrypted network stays, the key that the arena holds is another one."""
         if self.attack.needs.key_fraction:
-            return  # part of the key is what it is given
+            raise NothingPromised("part of the key is what it is given")
+        if self.unsteady:
+            raise NothingPromised("its claim changes with every call")
         if changed := self._differs(self.second):
             raise Broken(f"its claim changes with the key ({changed[:5]}): it found a way to see it")
 
     def check_promise(self) -> None:
         """Its self-test, which the arena makes too."""
+        told = self.attack.detects
+        if told is None:
+            raise NothingPromised("it promises to see none")
+        if told not in get_args(Weakness):
+            raise Broken(f"`detects` is {told!r}; expected None, or one of {', '.join(get_args(Weakness))}")
         if fault := selftest(self.attack):
             raise Broken(fault)
 

@@ -21,13 +21,17 @@ class Broken(DeepencError):
     """A promise of its interface that a plugin does not keep."""
 
 
+class NothingPromised(DeepencError):
+    """There is nothing to check: the plugin promises nothing of the kind."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One promise.
 
     Attributes:
         name: What is promised.
-        body: Raises where the promise is broken.
+        body: Raises `Broken` where the promise is broken, `NothingPromised` where there is none.
     """
 
     name: str

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
+from deepenc.arena.checks.bounds import check_ends
 from deepenc.arena.checks.pry import pry
 from deepenc.arena.checks.tiny import host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection, most_suspect
@@ -23,6 +24,8 @@ from deepenc.encryption.tensors import tensors_of
 from deepenc.network.surgery import Layout
 
 KEYS = 3
+MOST = 16
+"""Confusion channels at a site, as a multiple of its width, that a placement may ask for."""
 PRYING = Threat(name="prying", labelled=128, unlabelled=64)
 
 
@@ -34,12 +37,26 @@ def placement_checks(placement: Placement) -> list[Check]:
         return dict(placement.place(_original(), np.random.default_rng(7)))
 
     def counts() -> None:
-        known = {site.name for site in _original().sites}
+        widths = {site.name: site.width for site in _original().sites}
         for name, count in place().items():
-            if name not in known:
-                raise Broken(f"it names site {name!r}; known: {sorted(known)}")
+            if name not in widths:
+                raise Broken(f"it names site {name!r}; known: {sorted(widths)}")
             if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
                 raise Broken(f"site {name!r}: expected an integer >= 0, got {count!r}")
+            if count > MOST * widths[name]:
+                raise Broken(
+                    f"site {name!r}: {count} confusion channels beside {widths[name]} real ones; expected at "
+                    f"most {MOST} times as many"
+                )
+
+    def after(check: Check) -> Check:
+        """The check, once the counts are such that it can be made."""
+
+        def body() -> None:
+            counts()
+            check.body()
+
+        return Check(check.name, body)
 
     def deterministic() -> None:
         if place() != place():
@@ -49,7 +66,8 @@ def placement_checks(placement: Placement) -> list[Check]:
         Check("gives counts >= 0 for sites that there are", counts),
         Check("does the same with an equal generator", deterministic),
         _untouched(blame, place),
-        *defense_checks(host_defense(placement=placement)),
+        *map(after, defense_checks(host_defense(placement=placement))),
+        after(Check("runs at the bounds of its parameters", lambda: check_ends(placement, _place))),
     ]
 
 
@@ -84,6 +102,7 @@ def weights_checks(weights: Weights) -> list[Check]:
         Check("does the same with an equal generator", deterministic),
         _untouched(blame, fill),
         *defense_checks(host_defense(weights=weights)),
+        Check("runs at the bounds of its parameters", lambda: check_ends(weights, _fill)),
     ]
 
 
@@ -91,7 +110,11 @@ def hardening_checks(hardening: Hardening) -> list[Check]:
     """The checks for one hardening; that it changes confusion entries only is checked at every use."""
     defense = host_defense(hardening=hardening)
     blame = f"hardening {hardening.name!r}"
-    return [_untouched(blame, lambda: _encrypt(defense)), *defense_checks(defense)]
+    return [
+        _untouched(blame, lambda: _encrypt(defense)),
+        *defense_checks(defense),
+        Check("runs at the bounds of its parameters", lambda: check_ends(hardening, _harden)),
+    ]
 
 
 def defense_checks(defense: Defense) -> list[Check]:
@@ -115,6 +138,18 @@ def _neurons() -> list[Neurons]:
     state = tensors_of(original.model, original.sites)
     layout = Layout(original.sites, {site.name: (0, 3) for site in original.sites})
     return [Neurons.of(site, layout, state) for site in original.sites]
+
+
+def _place(placement: Placement) -> None:
+    placement.place(_original(), np.random.default_rng(7))
+
+
+def _fill(weights: Weights) -> None:
+    _encrypt(host_defense(weights=weights))
+
+
+def _harden(hardening: Hardening) -> None:
+    _encrypt(host_defense(hardening=hardening))
 
 
 def _secret(index: int) -> bytes:

@@ -8,6 +8,7 @@ behind, closures, hooks, gradients, storages larger than their tensors, and secr
 from __future__ import annotations
 
 import hashlib
+import math
 import types
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from deepenc.victims.victim import VictimSource
 # Fields that are meant to speak of sites; everything else in a case is searched.
 _SPOKEN = {"sites", "configuration", "defense", "threat", "seed", "classes", "device"}
 _SMALL_SEEDS = range(4)
+FEW = 2**20
+"""Keys below which some guesses come near the true one by chance."""
 _ATOMS = (
     str,
     bytes,
@@ -266,6 +269,9 @@ def _try_seeds(case: Case, found: Findings) -> None:
     if not len(case.labelled) or not case.configuration or not any(case.configuration.values()):
         return
     originals = _originals(case)
+    keys = math.prod(math.comb(s.width, case.configuration.get(s.name, 0)) for s in case.sites)
+    if keys < FEW:
+        return  # a guess at random would hit, or nearly
     guesses = [derive_positions(s, originals, case.configuration) for s in _secrets(case.seed)]
     rates = [_rate(case, guess) for guess in guesses]
     best = rates.index(max(rates))

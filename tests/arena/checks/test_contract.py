@@ -1,21 +1,23 @@
 """The contract: built-in plugins keep it, and each way of breaking it is caught."""
 
+import dataclasses
 import itertools
 import random
 from typing import ClassVar
 
 import pytest
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from deepenc.arena.case import Attack, Claim
 from deepenc.arena.checks import attacks as contract_attacks
 from deepenc.arena.checks.contract import Result, checks_for, run_checks
-from deepenc.arena.checks.tiny import Noise, TwoEach
+from deepenc.arena.checks.tiny import Noise, TinySource, TwoEach
 from deepenc.arena.threat import Needs
 from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
 from deepenc.errors import PluginError
 from deepenc.plugins import build, names
+from deepenc.victims.victim import Images
 
 SLOW = {
     "finetune": {"epochs": 1},
@@ -183,6 +185,42 @@ class Wasteful(Good):
         return scores(case)
 
 
+class Exiting(Good):
+    """Ends the program."""
+
+    def attack(self, case):
+        raise SystemExit(0)
+
+
+class Alternating(Good):
+    """Another claim at every second call."""
+
+    def attack(self, case):
+        return scores(case, next(_COUNTER) % 2)
+
+
+class Undocumented(Good):
+    """A parameter that nobody explains."""
+
+    secret_ingredient: int = 0
+
+
+class Bounded(Good):
+    """Cannot do with none, though its bounds say so."""
+
+    size: int = Field(3, ge=0)
+    """Size."""
+
+    def attack(self, case):
+        return scores(case, 6 // self.size)
+
+
+class Wishful(Good):
+    """Promises to see what nobody plants."""
+
+    detects: ClassVar[str] = "nosuch"
+
+
 class Telepath(Good):
     """Reads what a leaking arena wrote into the case."""
 
@@ -231,12 +269,29 @@ def test_a_good_attack_passes(attack):
         (Undeclared(), "says it needs", "needs"),
         (Clumsy(), "budget of nothing", "RuntimeError"),
         (Wasteful(), "can be judged", "AttributeError"),
+        (Exiting(), "can be judged", "SystemExit"),
+        (Alternating(), "same seed", "differ"),
+        (Undocumented(), "each parameter", "secret_ingredient"),
+        (Bounded(), "bounds", "with size=0 it raises ZeroDivisionError"),
+        (Wishful(), "planted weakness", "'nosuch'; expected None, or one of loud,"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Attack) else None,
 )
 def test_broken_attacks_are_caught(attack, check, told):
     found = failed(attack)
     assert any(check in name and told in detail for name, detail in found.items()), found
+
+
+def test_one_fault_is_told_once_and_what_was_not_promised_is_not_counted():
+    results = run_checks(Exiting())
+    told = [result for result in results if not result.passed and not result.repeated]
+    assert [result.name for result in told] == ["makes a claim that can be judged"]
+    assert "SystemExit: 0" in told[0].detail
+    assert any(result.detail == "as above: makes a claim that can be judged" for result in results)
+    (promise,) = [r for r in run_checks(Good()) if "planted weakness" in r.name]
+    assert promise.passed and not promise.checked
+    blind = [r for r in run_checks(Alternating()) if r.name == "claims the same whatever the key"]
+    assert [(r.passed, r.checked) for r in blind] == [(True, False)]
 
 
 def test_a_claim_that_changes_with_the_key_is_caught(monkeypatch):
@@ -259,6 +314,13 @@ class Negative(Placement):
 
     def place(self, original, rng):
         return {site.name: -1 for site in original.sites}
+
+
+class Boundless(TwoEach):
+    """Far more than there are."""
+
+    def place(self, original, rng):
+        return {site.name: 10**7 for site in original.sites}
 
 
 class Stranger(TwoEach):
@@ -318,6 +380,7 @@ class Forgetful(Hardening):
     ("plugin", "told"),
     [
         (Negative(), ">= 0"),
+        (Boundless(), "10000000 confusion channels beside 24 real ones; expected at most 16 times"),
         (Stranger(), "elsewhere"),
         (Restless(), "differ"),
         (Meddler(), "fc.bias"),
@@ -345,6 +408,52 @@ def test_good_parts_of_defenses_pass():
 
     assert failed(Noise()) == {}
     assert failed(Idle()) == {}
+
+
+@pytest.mark.parametrize("text", ["absolute:count=2,sites=[conv1]", "absolute:count=1,sites=[conv2]"])
+def test_few_keys_are_no_leak(text):
+    """Guesses at random come near the key of 325, or of 33, now and then."""
+    assert failed(build("placement", text)) == {}
+
+
+class Toys(TinySource):
+    """The network of the checks."""
+
+    name: ClassVar[str] = "toys"
+    fault: str = "none"
+    """What is wrong."""
+
+    def load(self, cache):
+        victim = super().load(cache)
+        match self.fault:
+            case "shared":
+                return dataclasses.replace(victim, judge=victim.attacker)
+            case "classes":
+                return dataclasses.replace(victim, judge=Images(victim.judge.inputs, victim.judge.labels + 9))
+            case "chance":
+                labels = (victim.judge.labels + 1) % victim.classes
+                return dataclasses.replace(victim, judge=Images(victim.judge.inputs, labels))
+            case "restless":
+                return dataclasses.replace(victim, fingerprint=str(next(_COUNTER)))
+            case "nothing":
+                return None
+        return victim
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("shared", "attacker's images are the judge's"),
+        ("classes", "VictimError"),
+        ("chance", "better than chance"),
+        ("restless", "fingerprint"),
+        ("nothing", "expected a Victim"),
+    ],
+)
+def test_broken_victims_are_caught(fault, told):
+    found = failed(Toys(fault=fault))
+    assert any(told in detail for detail in found.values()), found
+    assert failed(Toys()) == {}
 
 
 def test_there_are_no_checks_for_other_things():

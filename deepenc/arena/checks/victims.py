@@ -1,0 +1,49 @@
+"""What every victim promises."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from deepenc.arena.build import Subject
+from deepenc.arena.checks.base import Broken, Check
+from deepenc.arena.duel import judged
+from deepenc.victims.data.cache import cache_folder
+from deepenc.victims.validation import validated
+from deepenc.victims.victim import Victim, VictimSource
+
+
+def victim_checks(source: VictimSource) -> list[Check]:
+    """The checks for one victim; it is loaded, or trained, as for a run."""
+
+    @cache
+    def victim() -> Victim:
+        return validated(source.load(cache_folder()))
+
+    def same() -> None:
+        again = source.load(cache_folder())
+        if again.fingerprint != victim().fingerprint:
+            raise Broken(
+                "its fingerprint is another one each time; hash its weights and images, nothing else"
+            )
+
+    def better_than_chance() -> None:
+        found, device = victim(), next(victim().model.parameters()).device
+        accuracy = judged(found.model, found, source.name, 1000, device)
+        # Three deviations above what guessing gets.
+        chance = 1 / found.classes
+        deviation = (chance * (1 - chance) / accuracy.images) ** 0.5
+        if accuracy.rate <= chance + 3 * deviation:
+            raise Broken(
+                f"expected a network better than chance, got {accuracy.correct} of {accuracy.images} right "
+                f"with {found.classes} classes; are its weights loaded, its images prepared as in training?"
+            )
+
+    return [
+        Check(
+            "has parts that share nothing, labels that are classes, and a network that runs",
+            lambda: (victim(), None)[1],
+        ),
+        Check("is the same victim each time", same),
+        Check("is better than chance, and answers each image on its own", better_than_chance),
+        Check("has sites", lambda: (Subject.of(victim()), None)[1]),
+    ]
