@@ -124,7 +124,7 @@ def proved(model: nn.Module, example: Any, sites: Sequence[Site], wanted: Arrang
     """The part of an arrangement that leaves a network's function as it is, and can be undone bit for bit.
 
     All of it is tried at once, and site by site where that fails: first with order and powers, then with the
-    order alone. What lies between the weights of a rescaled channel must be positively homogeneous, as a ReLU.
+    order alone. What lies between a rescaled channel's weights must be positively homogeneous, as a ReLU is.
 
     Args:
         model: The network, in eval mode; untouched.
