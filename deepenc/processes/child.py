@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import logging
 import os
 import pickle
 import signal
@@ -133,9 +134,10 @@ def _job(data: bytes) -> Any:
 
 def _is_clean(before: set[threading.Thread]) -> bool:
     """Whether a job has left nothing that may disturb the next; an alarm that it has set is turned off."""
-    from deepenc.processes.residue import residue
-
-    if residue() is not None:
+    watch = sys.modules.get("deepenc.processes.residue")  # torch is heavy: only where a job has loaded it
+    if watch is not None and watch.residue() is not None:
+        return False
+    if any(stream is None or stream.closed for stream in (sys.stdout, sys.stderr)):
         return False
     if not hasattr(os, "WNOHANG"):
         return set(threading.enumerate()) <= before
@@ -161,6 +163,7 @@ def _redirect(output: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    logging.raiseExceptions = False  # a job may have closed the streams
     faulthandler.enable()
 
 

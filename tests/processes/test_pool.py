@@ -18,7 +18,7 @@ from deepenc.errors import VictimError, WorkerError
 from deepenc.processes import pool
 from deepenc.processes.pool import STARTS, Jobs, Pool
 from deepenc.processes.residue import Surroundings
-from deepenc.processes.worker import METHOD
+from deepenc.processes.worker import METHOD, warm_up
 
 
 def obey(message, tell):
@@ -42,6 +42,9 @@ def obey(message, tell):
             os.closerange(3, 60)
         case "fork", _:
             os.fork()
+        case "close streams", _:
+            sys.stdout.close()
+            sys.stderr.close()
         case "sleep", seconds:
             time.sleep(seconds)
         case "ask", what:
@@ -100,6 +103,12 @@ class Script(Jobs):
 
     def lost(self, job, reason):
         self.reasons[job[0]] = reason
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torch_is_loaded_once():
+    """Workers import this file, and with it torch; forked from a process that has it, they start at once."""
+    warm_up(["torch", "deepenc.processes.residue"])
 
 
 @pytest.fixture
@@ -192,6 +201,11 @@ def test_a_thread_that_goes_on_does_not_disturb_the_next_job(play):
 def test_a_process_whose_functions_were_replaced_does_no_other_job(play):
     script = play(("patch", None), ("sleep", 0), ("sleep", 0))
     assert script.results[0] != script.results[1] == script.results[2]
+
+
+def test_closed_streams_do_not_disturb_the_next_job(play):
+    script = play(("close streams", None), ("sleep", 0))
+    assert script.results[0] != script.results[1]
 
 
 def test_no_worker_has_the_passphrase(play, monkeypatch):
