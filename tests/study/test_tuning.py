@@ -204,7 +204,7 @@ def test_gain_is_equation_1_of_what_is_asked_for(plugin: Path, tmp_path: Path) -
 
     moved = Defense.of({"base": "paper-samp", "name": "moved", "hardening": ["permute"]})
     inside = Evaluator(search.model_copy(update={"measure": "features"}), tmp_path, secret)
-    with pytest.raises(ConfigError, match="arranges them anew"):
+    with pytest.raises(ConfigError, match="arranges them otherwise"):
         inside.fresh_responses(moved, [secret])
 
 
