@@ -20,7 +20,7 @@ from deepenc.arena.checks.tiny import TinySource
 from deepenc.arena.kit.shadows import Sample, side_by_side
 from deepenc.arena.metrics import checked_scores
 from deepenc.encryption.defense import Defense, Hardening
-from deepenc.errors import ClaimError, PluginError
+from deepenc.errors import ClaimError
 from deepenc.victims.victim import VictimSource
 
 BOTH = {"conv1": 1.0, "conv2": 1.0}
@@ -207,5 +207,5 @@ def test_bounds(wrong):
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(PluginError, match="unknown victim"):
+    with pytest.raises(ValidationError, match="unknown victim"):
         Shadow(networks=("cifar10-resnet57",))

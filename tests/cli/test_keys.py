@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 from deepenc import plugins
 from deepenc.cli import _Commands, inspection, networks, rotation
 from deepenc.encryption.keys.key import save_key
-from deepenc.errors import ConfigError
+from deepenc.errors import ConfigError, VictimError
 from deepenc.victims.victim import Victim, VictimSource
 
 Run = Callable[..., Result]
@@ -49,7 +49,7 @@ class ToyForKeys(VictimSource):
 
     def load(self, cache: Path) -> Victim:
         """See `VictimSource.load`."""
-        raise NotImplementedError
+        raise VictimError("toy-for-keys has no images")
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_every_attack_has_a_record_of_its_own(tmp_path, workers):
     as_it_is = found["host", "nothing"].accuracy
     assert all(found["host", how].accuracy == as_it_is for how in PASSES)
     pids = mark.read_text().split()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):
         assert time.monotonic() < deadline, "what an attack starts does not outlive the run"
         time.sleep(0.05)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import copy
 import hashlib
 
@@ -45,7 +47,7 @@ def test_an_unchanged_model_gives_the_same_release() -> None:
     second, other = reshelter(
         model, key, host_defense(hardening=Drift()), example=example, previous=first, seed=1, data=data
     )
-    assert other == key
+    assert replace(other, binding=key.binding) == key, "but for what signs its header"
     assert all(torch.equal(tensors_of(second)[name], tensor) for name, tensor in tensors_of(first).items())
 
 
