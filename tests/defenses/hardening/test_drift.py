@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
