@@ -352,13 +352,20 @@ def load_file(path: str | Path) -> list[type[Plugin]]:
         and cls.__module__ == module_name
         and (not inspect.isabstract(cls) or "name" in vars(cls))  # without a name, a base for others
     ]
-    if not found:
-        raise PluginError(
-            f"{path} defines no plugin; subclass Attack, Placement, Weights, Hardening or VictimSource, and "
-            "give the class a name"
-        )
-    for cls in found:
-        register(cls, str(path))
+    before = dict(_loaded)
+    try:
+        if not found:
+            raise PluginError(
+                f"{path} defines no plugin; subclass Attack, Placement, Weights, Hardening or VictimSource, "
+                "and give the class a name"
+            )
+        for cls in found:
+            register(cls, str(path))
+    except PluginError:  # all of a file, or nothing
+        _loaded.clear()
+        _loaded.update(before)
+        del sys.modules[module_name]
+        raise
     return found
 
 

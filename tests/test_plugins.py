@@ -4,7 +4,7 @@ import pytest
 
 from deepenc.arena.case import Attack
 from deepenc.errors import ConfigError, PluginError
-from deepenc.plugins import build, get, load_file, names
+from deepenc.plugins import build, get, load_file, loaded_files, names
 
 HEAD = """
 from typing import ClassVar
@@ -60,8 +60,10 @@ GOOD = "def attack(self, case):\n    return Claim(network=case.encrypted)"
     ],
 )
 def test_what_does_not_fit_its_interface_is_refused(load, base, body, told):
+    loaded = loaded_files()
     with pytest.raises(PluginError, match=rf"mine.py: .*{told}"):
         load(base, body)
+    assert loaded_files() == loaded
     assert not {"mine"} & {name for kind in ("attack", "placement", "weights") for name in names(kind)}
 
 

@@ -1,6 +1,7 @@
 """A cell's identity follows the code that makes its result; a record says where and when it was made."""
 
 import shutil
+import sys
 from datetime import UTC, datetime
 
 import pytest
@@ -73,7 +74,7 @@ def plugin(tmp_path, monkeypatch):
     """A plugin's file with helpers beside it, one of them in a folder, one that helps a helper."""
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("helper", "deeper", "sub", "sub.inner", "sub.beside"):
-        monkeypatch.delitem(__import__("sys").modules, module, raising=False)
+        monkeypatch.delitem(sys.modules, module, raising=False)
     (tmp_path / "helper.py").write_text("def first(network):\n    import deeper\n    return network\n")
     (tmp_path / "deeper.py").write_text("")
     (tmp_path / "unused.py").write_text("")
@@ -83,7 +84,9 @@ def plugin(tmp_path, monkeypatch):
     (tmp_path / "sub" / "beside.py").write_text("")
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN.format(name=f"helped-{tmp_path.name}"))
-    return load_file(file)[0]()
+    (cls,) = load_file(file)
+    yield cls()
+    del sys.modules[cls.__module__]  # other processes are told of loaded files, and find no helpers there
 
 
 @pytest.mark.parametrize(
