@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from deepenc.network.guard import foreign, seeded
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.tracing.admit import tensors_in
 from deepenc.network.tracing.dry import DryRun
+from deepenc.network.tracing.watch import Left
 
 _CALCULABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 _FAINT = 0.01
@@ -39,13 +40,13 @@ class Expected:
     movements: tuple[Tensor | None, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, example: Any, left: Mapping[int, str] | None = None) -> Self:
+    def of(cls, model: nn.Module, example: Any, left: Left | None = None) -> Self:
         """Run a network, which may change by it, on an example, which does not.
 
         Args:
             model: The network.
             example: A tensor, a tuple or dict of them, or `Arguments`.
-            left: What an earlier copy has left outside of the network, by ``id``; see `Traced`.
+            left: What an earlier copy has left outside of the network; see `Traced`.
         """
         log = _Constants(left or {})
         seeded()
@@ -160,7 +161,7 @@ def _close(ours: Tensor, theirs: Tensor, movement: Tensor | None) -> bool:
 class _Constants(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Collects the plain numbers by which a network multiplies."""
 
-    def __init__(self, left: Mapping[int, str]) -> None:
+    def __init__(self, left: Left) -> None:
         super().__init__()
         self.found: list[float] = []
         self.refusal: TraceError | None = None
@@ -187,7 +188,8 @@ class _Constants(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its b
     def _look(self, given: Sequence[Any]) -> None:
         for value in given:
             for tensor in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(tensor, Tensor) and (where := self._left.get(id(tensor))) is not None:
+                made, where = self._left.get(id(tensor), (None, ""))
+                if made is not None and made() is tensor:
                     self.refusal = self.refusal or TraceError(
                         f"{where} keeps what it computes outside of the network (in a class, a module's "
                         "variable, a closure or a cache), where copies with other weights find it; keep "

@@ -24,7 +24,7 @@ from deepenc.network.tracing.axes import Channels
 from deepenc.network.tracing.dry import DryRun
 from deepenc.network.tracing.known import Known
 from deepenc.network.tracing.rules import apply
-from deepenc.network.tracing.watch import Reads, Watch
+from deepenc.network.tracing.watch import Left, Reads, Watch
 
 
 class Tracer(DryRun):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
@@ -58,15 +58,14 @@ class Traced:
         outputs: What it returned, in eval mode.
         idle: Parameters that the run did not use, by name.
         decided: Whether it looked at values that depend on its input, so that another might take another way.
-        left: What the run computed from weights or inputs and left outside of the network; ``id`` of the
-            tensor to the module that did.
+        left: What the run computed from weights or inputs and left outside of the network.
     """
 
     channels: Channels
     outputs: list[Tensor]
     idle: frozenset[str]
     decided: bool
-    left: dict[int, str]
+    left: Left
 
 
 def trace(model: nn.Module, example: Any) -> Traced:

@@ -29,6 +29,10 @@ _READS = {
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
+Left = dict[int, tuple[weakref.ref[Tensor], str]]
+"""Tensors by ``id``, each with the module that made it."""
+
+
 class Watch:
     """Refuses what an exact copy cannot do, by the module that does it.
 
@@ -53,7 +57,7 @@ class Watch:
     ) -> None:
         self.refusal: TraceError | None = None
         self.decided = False
-        self.derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.derived: Left = {}
         self._known = known
         self._victim = {_place(tensor): name for name, tensor in victim.items()}
         self._apart = {_place(tensor): name for tensor, name in apart.items()}
@@ -127,17 +131,16 @@ class Watch:
         """Note that the network looks at values."""
         self.decided |= any(not self._known.value(tensor).state for tensor in tensors)
 
-    def left(self, outputs: set[int]) -> dict[int, str]:
+    def left(self, outputs: set[int]) -> Left:
         """What was computed from weights or inputs and outlives the copy, apart from its outputs."""
 
-        def alive() -> dict[int, str]:
-            return {key: where for key, (made, where) in self.derived.items() if made() is not None}
+        def alive() -> Left:
+            derived = self.derived.items()
+            return {key: made for key, made in derived if made[0]() is not None and key not in outputs}
 
-        found = {key: where for key, where in alive().items() if key not in outputs}
-        if found:
+        if alive():
             gc.collect()  # the copy's modules may refer to one another in a circle
-            found = {key: where for key, where in alive().items() if key not in outputs}
-        return found
+        return alive()
 
     def _depends(self, tensor: Tensor) -> bool:
         if id(tensor) in self._ids or not self._known.value(tensor).state:
