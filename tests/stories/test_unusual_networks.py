@@ -190,7 +190,12 @@ SUPPORTED: dict[str, tuple[Callable[[], Case], list[str]]] = {
     "frozen parameters": (frozen, ["0", "3", "6"]),
     "training mode": (training, ["0", "3", "6"]),
     "compiled in place": (compiled_in_place, ["0", "3", "6"]),
-    "weight norm": (lambda: parametrized(parametrizations.weight_norm, 0), ["3", "6"]),
+    "weight norm": (
+        lambda: parametrized(
+            parametrizations.weight_norm, 0
+        ),  # each channel's weights have a norm of their own
+        ["0.parametrizations.weight.original1", "3", "6"],
+    ),
     "spectral norm": (lambda: parametrized(parametrizations.spectral_norm, 3), ["6"]),
     "orthogonal": (lambda: parametrized(parametrizations.orthogonal, 6), ["0"]),
     "old spectral norm": (old_spectral_norm, ["6"]),
