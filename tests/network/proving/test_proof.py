@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from deepenc.errors import TraceError
 from deepenc.network.find import analyse, find_sites
+from deepenc.network.proving.proof import prove
+from deepenc.network.sites import Role, Site, Slot
 from tests.network.small_networks import ROW, Layers, layers
 
 
@@ -89,6 +91,18 @@ def test_channels_that_change_places_are_no_site(name: str, width: int) -> None:
         assert width == 1, error
         return
     assert found == ["second"]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 7, 16])
+@pytest.mark.parametrize("name", MOVED)
+def test_a_site_across_channels_that_change_places_is_refuted(name: str, width: int) -> None:
+    """Whatever the rules say: channels in the same order on both sides are none here."""
+    torch.manual_seed(0)
+    model = Layers(lambda m, x: m.last(m.second(MOVED[name](m.first(x).relu())).relu()))
+    model.first, model.second = nn.Linear(3, width), nn.Linear(width, 5)
+    made = (Slot("first.weight", 0, Role.INCOMING), Slot("first.bias", 0, Role.BIAS))
+    site = Site("first", width, (*made, Slot("second.weight", 1, Role.OUTGOING)))
+    assert prove(model.eval(), ROW, [site])[0] == []
 
 
 @pytest.mark.parametrize("kind", ["flag", "mask", "zero", "complex"])
