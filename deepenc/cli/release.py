@@ -228,6 +228,4 @@ def _moved(model: nn.Module, encrypted: nn.Module, example: Any) -> str:
         floats = [(a.double(), b.double()) for a, b in pairs if a.is_floating_point()]
     distance = sum(float((b - a).square().sum()) for a, b in floats)
     size = sum(float(a.square().sum()) for a, _ in floats)
-    return (
-        f"{100 * (distance / size) ** 0.5:.0f} % of their size" if size else "an amount that cannot be told"
-    )
+    return f"move by {100 * (distance / size) ** 0.5:.0f} % of their size" if size else "are all zero"
