@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from deepenc.arena.record import Record
 from deepenc.errors import ConfigError, DeepencError, StoreError
+from deepenc.files import only_one
 from deepenc.seeds import Roots, derive, number, random_root
 from deepenc.study.search import RISING, Search
 from deepenc.study.space import distribution, identity
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-JOURNAL, LOCK = "study.journal", "study.lock"
+JOURNAL = "study.journal"
 
 
 @contextmanager
@@ -31,22 +32,17 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: Another command has it, or the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK, blocking=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise StoreError(
-            f"{folder} is being tuned by another command; wait for it, or give it --workers"
-        ) from error
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_one(folder / JOURNAL))
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{folder} is being tuned by another command; wait for it, or give it --workers"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
