@@ -53,7 +53,7 @@ class Ablation(Attack):
         """The images; greedy must know when to stop."""
         loss = self.objective == "loss"
         return Needs(
-            configuration=self.mode == "greedy",
+            allocation=self.mode == "greedy",
             labelled=self.images if loss else 0,
             unlabelled=0 if loss else self.images,
         )

@@ -67,7 +67,7 @@ class Chain(Attack):
 
     def _count(self, case: Case, site: Site) -> int:
         """Channels to remove of a site; at least one stays."""
-        known = case.configuration
+        known = case.allocation
         wanted = self.fraction * site.width if known is None else self.excess * known.get(site.name, 0)
         # Half up; a share is of something, so that it removes at least one.
         count = max(int(wanted + 0.5), int(known is None))
@@ -79,7 +79,7 @@ def around(case: Case, network: nn.Module) -> Case:
     network = network.eval()
     if fits(network, case.encrypted, case.sites):
         return case.with_network(network)
-    return replace(case.with_network(network), sites=(), known={}, configuration=case.configuration and {})
+    return replace(case.with_network(network), sites=(), known={}, allocation=case.allocation and {})
 
 
 def fits(network: nn.Module, encrypted: nn.Module, sites: Sequence[Site]) -> bool:

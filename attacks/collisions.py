@@ -25,7 +25,7 @@ class Collisions(Attack):
     """
 
     name: ClassVar[str] = "collisions"
-    detects: ClassVar[Weakness | None] = "copies"
+    detects: ClassVar[Weakness | None] = "duplicates"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -30,7 +30,7 @@ class Container(Attack):
 
     A channel's score is the sum of the squares of its robust z-scores: trailing zero bits of its
     mantissas, exact zeros, subnormal numbers, how well its bytes compress, values that occur in other
-    tensors too, gradients, and values that lie about in a tensor's storage. Then, where the configuration
+    tensors too, gradients, and values that lie about in a tensor's storage. Then, where the allocation
     is known, small seeds of `deepenc.encrypt` are tried, each for a trial of the budget: one is right if
     it makes the confusion weights again. Against weights of full precision, and secrets of 32 random
     bytes, nothing of this helps.
@@ -79,7 +79,7 @@ class Container(Attack):
 
     def _guess(self, case: Case, tensors: Mapping[str, Tensor]) -> Positions:
         """The positions of the first seed that makes the confusion weights; empty if none does."""
-        counts = {name: count for name, count in (case.configuration or {}).items() if count}
+        counts = {name: count for name, count in (case.allocation or {}).items() if count}
         try:
             weights = Defense.model_validate(case.defense).weights
         except (DeepencError, ValidationError):

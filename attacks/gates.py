@@ -80,7 +80,7 @@ class Gates(Attack):
         scores = {name: -gate.detach().double().cpu() for name, gate in gated.gates.items()}
         if not taken:
             return Claim(scores=scores, network=case.copy(), diverged=diverged)
-        if self.keep == "hard" and case.configuration is not None:
+        if self.keep == "hard" and case.allocation is not None:
             return Claim(scores=scores, diverged=diverged)  # the arena removes as many as there are
         network = case.remove(gated.closed(self.threshold)) if self.keep == "hard" else gated.baked()
         if renewed:

@@ -48,7 +48,7 @@ class HillClimb(Attack):
     def needs(self) -> Needs:
         """One guess, how many channels to find, the images, and what the start needs."""
         images = "labelled" if self.objective == "loss" else "unlabelled"
-        own = Needs(configuration=True, trials=1, **{images: self.images})
+        own = Needs(allocation=True, trials=1, **{images: self.images})
         return own if self.start is None else own.union(self.start.needs)
 
     def attack(self, case: Case) -> Claim:

@@ -1,4 +1,4 @@
-"""Two clusters of channels, one of the size that the configuration tells."""
+"""Two clusters of channels, one of the size that the allocation tells."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mixture(Attack):
     `deepenc.analysis.features`, in robust z-scores within each site, from several starts. Of all clusters
     found, that whose weight is nearest to ΔC / (C + ΔC) is taken for the confusion channels, be it loose or
     tight: they often are the more alike. Channels that weight decay killed are set aside, as they would be
-    a cluster of their own. Needs the configuration, no data.
+    a cluster of their own. Needs the allocation, no data.
     """
 
     name: ClassVar[str] = "mixture"
@@ -49,8 +49,8 @@ class Mixture(Attack):
 
     @property
     def needs(self) -> Needs:
-        """The configuration."""
-        return Needs(configuration=True)
+        """The allocation."""
+        return Needs(allocation=True)
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -64,7 +64,7 @@ class OracleGates(Attack):
         scores |= {name: (1 - m).cpu() for name, m in masks.items()}
         if not taken:
             return Claim(scores=scores, network=case.copy(), diverged=diverged)
-        if case.configuration is not None:
+        if case.allocation is not None:
             return Claim(scores=scores, diverged=diverged)
         gated.gates = masks
         return Claim(scores=scores, network=gated.baked(), diverged=diverged)
@@ -101,9 +101,9 @@ class OracleGates(Attack):
 
 def real_channels(case: Case) -> dict[str, int | None]:
     """How many channels of each site are real, None where that is withheld; sites without others left out."""
-    if case.configuration is None:
+    if case.allocation is None:
         return {site.name: None for site in case.sites}
-    return {site.name: site.width - n for site in case.sites if (n := case.configuration.get(site.name))}
+    return {site.name: site.width - n for site in case.sites if (n := case.allocation.get(site.name))}
 
 
 def mask(logit: Tensor, real: int | None) -> Tensor:

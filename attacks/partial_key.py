@@ -38,7 +38,7 @@ class PartialKey(Attack):
     @property
     def needs(self) -> Needs:
         """Some of the key, and what the rest of the attack needs."""
-        own = Needs(key_fraction=1e-6, configuration=self.rest == "random")
+        own = Needs(key_fraction=1e-6, allocation=self.rest == "random")
         return own if self.then is None else own.union(self.then.needs)
 
     def attack(self, case: Case) -> Claim:
@@ -82,6 +82,6 @@ def restored(case: Case, claim: Claim) -> Claim:
         scores[site.name] = torch.full((site.width,), top, dtype=torch.float64)
         scores[site.name][left] = found[site.name].double().cpu() if site.name in found else bottom
     network = claim.network
-    if network is None and case.configuration is None:
+    if network is None and case.allocation is None:
         network = case.remove(case.known)
     return Claim(scores=scores, network=network, diverged=claim.diverged)

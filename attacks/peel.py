@@ -36,7 +36,7 @@ class Peel(Attack):
     @property
     def needs(self) -> Needs:
         """How many channels to find, and the images."""
-        return Needs(configuration=True, unlabelled=self.images)
+        return Needs(allocation=True, unlabelled=self.images)
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

@@ -19,7 +19,7 @@ class PublicCheckpoint(Attack):
     Channels are matched one to one by the directions of their incoming and outgoing weights (Hungarian
     method), so that neither a permutation nor positive factors hide them. What finds no partner is the key;
     below these, a channel is the more suspect the less it is like its partner. Needs no data, and no
-    configuration: the public network's widths tell it.
+    allocation: the public network's widths tell it.
     """
 
     name: ClassVar[str] = "public-checkpoint"

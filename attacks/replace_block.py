@@ -42,7 +42,7 @@ class ReplaceBlock(TrainedAttack):
         if affordable(case, recipe, case.labelled).steps == 0:
             return Claim(network=case.copy())
         names = {site.name for site in self.chosen(case.sites)}
-        counts = case.configuration or {}
+        counts = case.allocation or {}
         # Which of their channels go tells nothing: all those that stay become new ones.
         smaller = case.without({name: tuple(range(n)) for name in names if (n := counts.get(name, 0))})
         network = smaller.copy()

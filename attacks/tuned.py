@@ -82,7 +82,7 @@ class Tuned(Attack):
                 try:
                     with portion(smaller, left + 1, reserve=left * len(validation)) as part:
                         network = claimed(attack, part)
-                    rate = judge(network, validation, case.classes, who=attack.name, device=case.device).rate
+                    rate = judge(network, validation, case.classes, who=attack.name, device=case.device).value
                 except Exception as error:  # whatever a setting makes the attack raise is that trial's end
                     failure = error
                     study.tell(trial, state=TrialState.FAIL)
@@ -110,14 +110,12 @@ def claimed(attack: Attack, case: Case) -> torch.nn.Module:
     claim = attack.attack(case)
     if claim.network is not None:
         return claim.network
-    if claim.scores is None or case.configuration is None:
+    if claim.scores is None or case.allocation is None:
         raise ClaimError(
             f"tuned: {attack.name!r} claims no network, and none can be made of its scores without "
-            "`configuration: true` in the threat model; tune a chain of it"
+            "`allocation: true` in the threat model; tune a chain of it"
         )
-    return case.remove(
-        most_suspect(checked_scores(claim.scores, case.sites, attack.name), case.configuration)
-    )
+    return case.remove(most_suspect(checked_scores(claim.scores, case.sites, attack.name), case.allocation))
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def compare(name: str, channels: int, console: Console) -> None:
     sites = list(key.layout().widened_sites())
     tensors = encrypted.state_dict()
     case = SimpleNamespace(
-        encrypted=encrypted, sites=sites, configuration=dict(key.configuration), seed=0, device="cpu"
+        encrypted=encrypted, sites=sites, allocation=dict(key.allocation), seed=0, device="cpu"
     )
     features(tensors, sites[:1])  # imports and lazy initialisations are nobody's cost
     plain, done = plain_seconds(tensors, sites, channels)

@@ -102,7 +102,7 @@ def main() -> None:
             ranks.append(agreement(ours, clean))
             cosines.append(float((ours * clean).sum(1).mean()))
             exact.append(torch.equal(embed(deepenc.decrypt(encrypted, key), batch), clean))
-        cost = memory(dict(network.state_dict()), sites, key.configuration).ratio
+        cost = memory(dict(network.state_dict()), sites, key.allocation).ratio
         print(
             f"| {name} | +{100 * cost:.2f} % | {statistics.mean(near):.1f} % ({min(near):.1f} to "
             f"{max(near):.1f}) | {statistics.mean(ranks):.2f} ({min(ranks):.2f} to {max(ranks):.2f}) | "

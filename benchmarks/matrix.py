@@ -35,7 +35,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("find sites", build.Subject, "of"),
     ("encrypt", build.Encryption, "of"),
     ("build the case", duel, "build_case"),
-    ("attack", duel, "fight"),
+    ("attack", duel, "run_attack"),
     ("judge", duel, "measure"),
     ("store", Store, "claim"),
     ("store", Store, "finish"),

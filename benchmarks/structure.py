@@ -60,7 +60,7 @@ def deepenc_round(model: nn.Module, example: Tensor) -> str:
     encrypted, key = deepenc.encrypt(model, example, DEFENSE, sites=sites, seed=0)
     original = deepenc.decrypt(encrypted, key).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
-    return f"{sum(key.configuration.values())} in {len(sites)} sites"
+    return f"{sum(key.allocation.values())} in {len(sites)} sites"
 
 
 def pruning_round(model: nn.Module, example: Tensor) -> str:

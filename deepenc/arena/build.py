@@ -95,7 +95,7 @@ class Encryption:
         cls, subject: Subject, defense: Defense, network: nn.Module, key: Key, secret: bytes
     ) -> Encryption:
         model, sites = subject.victim.model, subject.sites
-        cost = memory(tensors_of(model, sites), sites, key.configuration)
+        cost = memory(tensors_of(model, sites), sites, key.allocation)
         tensors = {name: tensor.detach() for name, tensor in named_tensors(network).items()}
         return cls(subject, defense, tensors, key, cost.ratio, secret)
 
@@ -198,7 +198,7 @@ def build_case(
     return Case(
         encrypted=network,
         sites=sites,
-        configuration=dict(key.configuration) if threat.configuration else None,
+        allocation=dict(key.allocation) if threat.allocation else None,
         known=_leak(key.positions, threat.key_fraction, leak_seed),
         labelled=Images(labelled.inputs.to(device), labelled.labels.to(device)),
         unlabelled=unlabelled.to(device),
@@ -212,9 +212,9 @@ def build_case(
         blank=blank,
         public=None if public is None else meter.watch(_plain_copy(public, device)),
         oracle=Oracle(victim.model, device, meter) if threat.oracle else None,
-        copies=tuple(
+        releases=tuple(
             _release(other, threat, device, meter)
-            for other in encryption.releases(threat.copies, threat.drift)
+            for other in encryption.releases(threat.releases, threat.drift)
         ),
     )
 
@@ -230,7 +230,7 @@ def _release(encryption: Encryption, threat: Threat, device: torch.device, meter
     return Release(
         encrypted=meter.watch(fresh(encryption, device)),
         sites=key.layout().widened_sites(),
-        configuration=dict(key.configuration) if threat.configuration else None,
+        allocation=dict(key.allocation) if threat.allocation else None,
     )
 
 

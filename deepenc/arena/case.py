@@ -18,7 +18,7 @@ from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.plugins import Plugin
 from deepenc.victims.victim import Images
 
-Weakness = Literal["loud", "copies", "defaults", "statistics", "noise", "damage", "clones"]
+Weakness = Literal["loud", "duplicates", "defaults", "statistics", "noise", "damage", "clones"]
 """What planted confusion channels give away (`deepenc.arena.checks.planted`)."""
 
 
@@ -29,12 +29,12 @@ class Release:
     Attributes:
         encrypted: The network, in eval mode.
         sites: Its sites, of the same names as the case's.
-        configuration: Its confusion channels per site, or None where the threat model withholds them.
+        allocation: Its confusion channels per site, or None where the threat model withholds them.
     """
 
     encrypted: nn.Module
     sites: tuple[Site, ...]
-    configuration: Mapping[str, int] | None
+    allocation: Mapping[str, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Case:
             to another: work on `copy`.
         sites: Sites of the encrypted network, confusion channels included in their widths. Anyone who
             traces the network finds the same.
-        configuration: Confusion channels per site, or None where the threat model withholds it.
+        allocation: Confusion channels per site, or None where the threat model withholds it.
         known: Confusion positions that leaked, per site, empty unless ``threat.key_fraction > 0``.
         labelled: Labelled images; may be of length 0.
         unlabelled: Unlabelled inputs, ``(images, ...)``; may be of length 0.
@@ -56,12 +56,12 @@ class Case:
         threat: What the attacker knows, holds and may spend.
         seed: The attacker's own seed, in [0, 2**63).
         device: Where the networks and images are.
-        copies: Further releases under other keys; empty unless ``threat.copies > 0``.
+        releases: Further releases under other keys; empty unless ``threat.releases > 0``.
     """
 
     encrypted: nn.Module
     sites: tuple[Site, ...]
-    configuration: Mapping[str, int] | None
+    allocation: Mapping[str, int] | None
     known: Mapping[str, tuple[int, ...]]
     labelled: Images
     unlabelled: Tensor
@@ -81,21 +81,21 @@ class Case:
     oracle: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     """The authorised model: inputs ``(n, ...)`` to logits ``(n, classes)``, ``n`` queries. None where the
     threat model allows no queries."""
-    copies: tuple[Release, ...] = ()
+    releases: tuple[Release, ...] = ()
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator seeded with the attacker's seed; the same sequence at every call."""
         return torch.Generator(device).manual_seed(self.seed)
 
     def counts(self) -> Mapping[str, int]:
-        """The configuration, for attacks that cannot do without.
+        """The allocation, for attacks that cannot do without.
 
         Raises:
             ClaimError: The threat model withholds it.
         """
-        if self.configuration is None:
-            raise ClaimError("the attack needs ΔC per site: `configuration: true` in the threat model")
-        return self.configuration
+        if self.allocation is None:
+            raise ClaimError("the attack needs ΔC per site: `allocation: true` in the threat model")
+        return self.allocation
 
     def copy(self) -> nn.Module:
         """A deep copy of the encrypted network, metered like it."""
@@ -127,14 +127,14 @@ class Case:
             channels: As for `remove`.
             network: As for `remove`.
         """
-        configuration = self.configuration
-        if configuration is not None:
-            configuration = {n: max(0, c - len(channels.get(n, ()))) for n, c in configuration.items()}
+        allocation = self.allocation
+        if allocation is not None:
+            allocation = {n: max(0, c - len(channels.get(n, ()))) for n, c in allocation.items()}
         return replace(
             self,
             encrypted=self.remove(channels, network),
             sites=narrow_sites(self.sites, channels),
-            configuration=configuration,
+            allocation=allocation,
             known={},
         )
 
@@ -150,7 +150,7 @@ class Claim:
     Attributes:
         scores: Site name to suspicion per channel, ``(width,)`` of the encrypted site, finite; higher means
             more likely a confusion channel. Sites left out count as not suspected at all.
-        network: A network that does the victim's task. Where it is missing and the configuration is known,
+        network: A network that does the victim's task. Where it is missing and the allocation is known,
             the arena removes the ΔC most suspect channels of each site and judges what is left.
         diverged: Whether an optimisation ran into numbers that are not finite; the claim is from before.
     """

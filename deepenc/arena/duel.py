@@ -14,9 +14,9 @@ from torch import nn
 from deepenc.arena.build import Encryption, build_case, fresh
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
-from deepenc.arena.plan import Task
+from deepenc.arena.plan import Duel
 from deepenc.arena.provenance import Clock
-from deepenc.arena.record import Accuracy, Cost, Detection, Record
+from deepenc.arena.record import Cost, Detection, Record, Score
 from deepenc.arena.threat import Meter, Threat, close
 from deepenc.errors import ClaimError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
@@ -27,55 +27,55 @@ from deepenc.victims.victim import Images, Victim
 log = logging.getLogger(__name__)
 
 
-def duel(task: Task, encryption: Callable[[], Encryption]) -> Record:
+def run_duel(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
     """Fight one duel; whatever the attack does, a record comes back.
 
     Args:
-        task: Which.
+        duel: Which.
         encryption: Gives the encrypted network; called only where the attack can be fought.
     """
-    attack, threat = task.cell.entry.attack, task.cell.threat
+    attack, threat = duel.cell.entry.attack, duel.cell.threat
     if missing := attack.needs.missing(threat):
         reason = f"threat {threat.name!r} does not give what the attack needs: {', '.join(missing)}"
-        return task.record(state="unsupported", reason=reason)
-    clock = Clock(task.device)
-    record = _begun(task, encryption)
+        return duel.record(state="unsupported", reason=reason)
+    clock = Clock(duel.device)
+    record = _begun(duel, encryption)
     return record.model_copy(update={"provenance": clock.provenance()})
 
 
-def _begun(task: Task, encryption: Callable[[], Encryption]) -> Record:
-    cell = task.cell
+def _begun(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
+    cell = duel.cell
     threat, label = cell.threat, cell.entry.label
     surroundings = Surroundings()
     meter: Meter | None = None
     known: dict[str, Any] = {}
     try:
-        with isolated(number(derive(task.secret, "global generators")), task.device):
+        with isolated(number(derive(duel.secret, "global generators")), duel.device):
             encrypted = encryption()
         known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
         if lacking := _lacking(threat, encrypted.subject.victim):
-            return task.record(state="unsupported", reason=lacking, **known)
-        with isolated(task.seed, task.device):
-            case = build_case(encrypted, threat, task.seed, task.leak_seed, torch.device(task.device))
+            return duel.record(state="unsupported", reason=lacking, **known)
+        with isolated(duel.seed, duel.device):
+            case = build_case(encrypted, threat, duel.seed, duel.leak_seed, torch.device(duel.device))
             meter = case.meter
             if pointless := cell.entry.attack.pointless(case):
-                return task.record(state="unsupported", reason=pointless, **known)
-            claim = fight(cell.entry.attack, case, label)
+                return duel.record(state="unsupported", reason=pointless, **known)
+            claim = run_attack(cell.entry.attack, case, label)
         _restore(surroundings, label)
-        with isolated(task.seed, task.device):
-            measured = measure(claim, case, encrypted, label, task.judge)
+        with isolated(duel.seed, duel.device):
+            measured = measure(claim, case, encrypted, label, duel.judge)
     except OutOfBudget as error:
-        return task.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
+        return duel.record(state="out_of_budget", reason=str(error), cost=_cost(meter), **known)
     except Exception as error:  # whatever an attack raises belongs into its cell, not into the run
-        return task.record(state="failed", reason=explain(error), cost=_cost(meter), **known)
+        return duel.record(state="failed", reason=explain(error), cost=_cost(meter), **known)
     finally:
         _restore(surroundings, label)
-    return task.record(
+    return duel.record(
         state="done",
         cost=_cost(meter),
         diverged=claim.diverged,
         **known,
-        accuracy=measured.accuracy,
+        score=measured.score,
         removed=measured.removed,
         detection=measured.detection,
     )
@@ -86,7 +86,7 @@ def _restore(surroundings: Surroundings, label: str) -> None:
         log.warning("attack %r left behind: %s", label, ", ".join(left))
 
 
-def fight(attack: Attack, case: Case, label: str) -> Claim:
+def run_attack(attack: Attack, case: Case, label: str) -> Claim:
     """Let an attack loose on a case, metered.
 
     Raises:
@@ -112,12 +112,12 @@ class Measured:
     """What a claim is worth; the fields are the record's.
 
     Attributes:
-        accuracy: Of the claimed network, or of what the arena made of the claimed scores.
+        score: Of the claimed network, or of what the arena made of the claimed scores.
         removed: Whether the arena made it.
         detection: How good the claimed scores are.
     """
 
-    accuracy: Accuracy | None = None
+    score: Score | None = None
     removed: bool = False
     detection: Detection | None = None
 
@@ -139,21 +139,19 @@ def measure(claim: Claim, case: Case, encrypted: Encryption, label: str, images:
     if claim.scores is not None:
         scores = checked_scores(claim.scores, case.sites, label)
         found = detection(scores, case.sites, encrypted.key.positions)
-        if network is None and case.configuration is not None:
+        if network is None and case.allocation is not None:
             # From a new copy: an attack that changed the network of its case claims only its scores.
-            suspects = most_suspect(scores, case.configuration)
+            suspects = most_suspect(scores, case.allocation)
             layout = Layout(narrow_sites(case.sites, suspects), suspects)
             network, removed = remove(fresh(encrypted, case.device), layout), True
-    accuracy = None
+    score = None
     if network is not None:
-        accuracy = judged(network, encrypted.subject.victim, label, images, case.device)
-    return Measured(accuracy, removed, found)
+        score = judged(network, encrypted.subject.victim, label, images, case.device)
+    return Measured(score, removed, found)
 
 
-def judged(
-    network: nn.Module, victim: Victim, who: str, images: int | None, device: torch.device
-) -> Accuracy:
-    """Accuracy on the judge's images; with fewer than all, always on the same ones."""
+def judged(network: nn.Module, victim: Victim, who: str, images: int | None, device: torch.device) -> Score:
+    """Score on the judge's images; with fewer than all, always on the same ones."""
     part = victim.judge
     if images is not None and images < len(part):
         chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(part))[:images]))

@@ -13,7 +13,8 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor, nn
 
-from deepenc.arena.record import Accuracy, Detection
+from deepenc.arena.outcomes import pack
+from deepenc.arena.record import Detection, Score
 from deepenc.errors import ClaimError
 from deepenc.network.sites import Site
 from deepenc.victims.victim import Images
@@ -40,10 +41,10 @@ def judge(
     who: str,
     device: torch.device | str = "cpu",
     batch: int = 256,
-) -> Accuracy:
+) -> Score:
     """Count the images that a network classifies right, in eval mode and without gradients.
 
-    An image whose outputs hold a NaN has no readable class: it counts as wrong, and `Accuracy.unreadable`
+    An image whose outputs hold a NaN has no readable class: it counts as wrong, and `Score.unreadable`
     says how many there were, so that a network of NaNs is not mistaken for one that merely guesses badly.
     Of equal outputs the first class is named first, for top-1 and top-5 alike.
 
@@ -59,7 +60,8 @@ def judge(
         ClaimError: The outputs are not a floating-point tensor of shape ``(batch, classes)``.
     """
     network = network.to(device).eval()
-    correct = unreadable = top5 = 0
+    unreadable = 0
+    outcomes: list[np.ndarray] = []
     with torch.no_grad():
         for indices in torch.split(torch.arange(len(images)), batch):
             outputs = _answers(network, images, indices, classes, who, device)
@@ -67,13 +69,18 @@ def judge(
             nan = outputs.isnan().any(dim=1)
             order = outputs.argsort(dim=1, descending=True, stable=True)[:, :5]
             hits = (order == labels[:, None]) & ~nan[:, None]
-            correct += int(hits[:, 0].sum())
-            top5 += int(hits.sum())
+            within = torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
+            outcomes += list(within.double().cpu().numpy())
             unreadable += int(nan.sum())
     if unreadable:
         log.warning("%s: %d of %d outputs are NaN; they count as wrong", who, unreadable, len(images))
-    return Accuracy(
-        correct=correct, images=len(images), unreadable=unreadable, top5=top5 if classes > FEW else None
+    first, fifth = np.mean(outcomes, axis=0)
+    return Score(
+        value=float(first),
+        examples=len(images),
+        unreadable=unreadable,
+        further={"top-5": float(fifth)} if classes > FEW else {},
+        outcomes=pack(outcomes if classes > FEW else [outcome[:1] for outcome in outcomes]),
     )
 
 
@@ -247,7 +254,7 @@ def _log2_comb(n: int, k: int) -> float:
     return math.log2(math.comb(n, k))
 
 
-def most_suspect(scores: Scores, configuration: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def most_suspect(scores: Scores, allocation: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """The ΔC most suspect channels of every site that was scored, ascending.
 
     Sites without scores keep all their channels: nothing there is suspected. Among equal scores the first
@@ -255,7 +262,7 @@ def most_suspect(scores: Scores, configuration: Mapping[str, int]) -> dict[str, 
     """
     chosen = {}
     for name, values in scores.items():
-        count = configuration.get(name, 0)
+        count = allocation.get(name, 0)
         order = np.argsort(-values, kind="stable")[:count]
         chosen[name] = tuple(sorted(int(channel) for channel in order))
     return chosen

@@ -44,5 +44,5 @@ class Oracle:
         return answers.to(device, copy=True)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Oracle:
-        """Copies of a case ask the same model."""
+        """Releases of a case ask the same model."""
         return self

@@ -224,7 +224,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Task:
+class Duel:
     """A cell with all that fighting it needs; plain data, for another process too.
 
     Attributes:
@@ -246,7 +246,7 @@ class Task:
     device: str
 
     @classmethod
-    def of(cls, cell: Cell, fingerprint: str, roots: Roots, judge: int | None, device: str) -> Task:
+    def of(cls, cell: Cell, fingerprint: str, roots: Roots, judge: int | None, device: str) -> Duel:
         """Derive everything from the run's roots; ``fingerprint`` is the victim's."""
         return cls(
             cell,

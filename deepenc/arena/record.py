@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -21,37 +21,31 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Accuracy(_Part):
-    """Judged accuracy, as counts.
+class Score(_Part):
+    """What a network is worth at its task, on the judge's examples.
 
     Attributes:
-        correct: Images classified right.
-        images: Images judged.
-        unreadable: Images for which the network gave NaN; they count as wrong.
-        top5: Images whose class is among the five highest outputs; None where there are no more than ten
-            classes, of which five say little.
+        measure: Name of the task's primary measure, such as "accuracy".
+        value: Its value, in [0, 1]; higher is better.
+        examples: Examples judged.
+        unreadable: Examples for which the network gave NaN; they count as wrong.
+        further: Further measures of the task by name, such as "top-5"; not all are shares.
+        outcomes: What became of each example, in the judge's order (`deepenc.arena.outcomes`); None where it
+            was not kept.
     """
 
-    correct: Count
-    images: Count = Field(gt=0)
+    measure: str = "accuracy"
+    value: float = Field(ge=0, le=1)
+    examples: Count = Field(gt=0)
     unreadable: Count = 0
-    top5: Count | None = None
+    further: dict[str, float] = {}
+    outcomes: str | None = Field(None, repr=False)
 
     @model_validator(mode="after")
-    def _of_the_images(self) -> Self:
-        if max(self.correct, self.unreadable, self.top5 or 0) > self.images:
-            raise ValueError(f"expected counts of the {self.images} images judged, got {self!r}")
+    def _of_the_examples(self) -> Self:
+        if self.unreadable > self.examples:
+            raise ValueError(f"expected counts of the {self.examples} examples judged, got {self!r}")
         return self
-
-    @property
-    def rate(self) -> float:
-        """Share of images classified right, in [0, 1]."""
-        return self.correct / self.images
-
-    @property
-    def top5_rate(self) -> float | None:
-        """Share of images whose class is among the five highest, in [0, 1]; None where not counted."""
-        return None if self.top5 is None else self.top5 / self.images
 
 
 class Detection(_Part):
@@ -134,8 +128,7 @@ class Record(_Part):
         protected: Whether the defense inserts anything (the null defense does not).
         state: How the duel ended; never "planned" or "running".
         reason: Why it did not end "done": what is missing, or the traceback.
-        accuracy: Judged accuracy of the claimed network, or of what is left after removing the most
-            suspect channels.
+        score: Of the claimed network, or of what is left after removing the most suspect channels.
         removed: Whether the network that was judged was made by the arena, by that removal.
         detection: How good the claimed scores are.
         cost: What the attack spent.
@@ -147,7 +140,7 @@ class Record(_Part):
         unreliable: Why the attack failed its self-test; None where it passed, or none was made.
     """
 
-    version: Literal[1, 2, 3] = 3
+    version: Literal[1, 2, 3, 4] = 4
     cell: str
     victim: str
     defense: str
@@ -159,7 +152,7 @@ class Record(_Part):
     protected: bool
     state: Literal["done", "unsupported", "out_of_budget", "failed"]
     reason: Reason | None = None
-    accuracy: Accuracy | None = None
+    score: Score | None = None
     removed: bool = False
     detection: Detection | None = None
     cost: Cost | None = None
@@ -168,3 +161,21 @@ class Record(_Part):
     diverged: bool = False
     provenance: Provenance | None = None
     unreliable: Reason | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, data: Any) -> Any:
+        """Up to version 3 a record held counts of images classified right."""
+        if not isinstance(data, dict) or not isinstance(counts := data.get("accuracy"), dict | None):
+            return data
+        data = {name: value for name, value in data.items() if name != "accuracy"}
+        if counts is not None:
+            images = counts["images"]
+            fifth = counts.get("top5")
+            data["score"] = {
+                "value": counts["correct"] / images,
+                "examples": images,
+                "unreadable": counts.get("unreadable", 0),
+                "further": {} if fifth is None else {"top-5": fifth / images},
+            }
+        return data

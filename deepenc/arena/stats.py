@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -71,7 +71,8 @@ class CellSummary:
     Attributes:
         states: How many duels ended how.
         reason: Why the first duel that is not done did not end so; None where all are.
-        accuracy: Judged accuracy in [0, 1]; None where none was measured.
+        score: The task's primary measure, in [0, 1]; None where none was measured.
+        measure: Its name.
         advantage: Gain over training from scratch, 0 to 1 and beyond; None without both references.
         detection: None where no scores were claimed.
         cost: None where no duel was fought to its end.
@@ -80,7 +81,7 @@ class CellSummary:
         removed: Whether the arena removed the most suspect channels itself.
         unreliable: Why the attack failed its self-test; None where it passed.
         diverged: How many duels ran into numbers that are not finite, and went back.
-        top5: Top-5 accuracy in [0, 1]; None where it was not counted.
+        further: Means of the task's further measures, by name.
     """
 
     victim: str
@@ -91,7 +92,7 @@ class CellSummary:
     protected: bool
     states: Mapping[str, int]
     reason: str | None
-    accuracy: Estimate | None
+    score: Estimate | None
     advantage: Estimate | None
     detection: DetectionSummary | None
     cost: CostSummary | None
@@ -100,7 +101,8 @@ class CellSummary:
     removed: bool
     unreliable: str | None = None
     diverged: int = 0
-    top5: Estimate | None = None
+    measure: str = "accuracy"
+    further: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def group(self) -> Group:
@@ -115,7 +117,7 @@ class WorstSummary:
     Attributes:
         attacks: How many keys fell worst to which attack.
         missing: Duels that did not end "done": attacks whose success is not known.
-        accuracy: Over keys, of the strongest attack on each.
+        score: Over keys, of the strongest attack on each.
         advantage: The same, as advantage.
     """
 
@@ -124,7 +126,7 @@ class WorstSummary:
     threat: str
     attacks: Mapping[str, int]
     missing: int
-    accuracy: Estimate
+    score: Estimate
     advantage: Estimate | None
 
 
@@ -153,23 +155,23 @@ class References:
     def __init__(self, records: Iterable[Record]) -> None:
         self._found: dict[tuple[str, str, str], dict[tuple[int, int], float]] = defaultdict(dict)
         for record in records:
-            if record.reference and not record.protected and record.accuracy and record.state == "done":
+            if record.reference and not record.protected and record.score and record.state == "done":
                 known = self._found[record.reference, record.victim, record.threat]
                 index = (record.key, record.repeat)
-                known[index] = max(record.accuracy.rate, known.get(index, 0.0))
+                known[index] = max(record.score.value, known.get(index, 0.0))
 
     def rate(self, reference: Literal["floor", "scratch"], record: Record) -> float | None:
-        """Accuracy of a reference to be set beside a record; None where it was not measured."""
+        """Score of a reference to be set beside a record; None where it was not measured."""
         known = self._found.get((reference, record.victim, record.threat), {})
         if not known:
             return None
         return known.get((record.key, record.repeat), float(np.mean(list(known.values()))))
 
     def advantage(self, record: Record) -> float | None:
-        """Advantage of a record; None where its accuracy or a reference was not measured."""
-        if record.accuracy is None or record.state != "done":
+        """Advantage of a record; None where its score or a reference was not measured."""
+        if record.score is None or record.state != "done":
             return None
-        return advantage(record.accuracy.rate, self.rate("scratch", record), self.rate("floor", record))
+        return advantage(record.score.value, self.rate("scratch", record), self.rate("floor", record))
 
 
 def summarise(records: Sequence[Record]) -> list[CellSummary]:
@@ -194,7 +196,7 @@ def _summary(group: Group, records: list[Record], references: References) -> Cel
         protected=first.protected,
         states=dict(Counter(record.state for record in records)),
         reason=next((r.reason for r in records if r.state != "done"), None),
-        accuracy=_accuracy(done),
+        score=_score(done),
         advantage=_estimate(records, references.advantage),
         detection=_detection(done),
         cost=_cost(records),
@@ -203,7 +205,8 @@ def _summary(group: Group, records: list[Record], references: References) -> Cel
         removed=any(r.removed for r in records),
         unreliable=next((r.unreliable for r in records if r.unreliable), None),
         diverged=sum(r.diverged for r in records),
-        top5=_estimate(done, lambda r: r.accuracy.top5_rate if r.accuracy else None),
+        measure=next((r.score.measure for r in records if r.score), "accuracy"),
+        further=_further(done),
     )
 
 
@@ -221,8 +224,8 @@ def worst(records: Sequence[Record]) -> list[WorstSummary]:
     summaries = []
     for (victim, defense, threat), members in groups.items():
         strongest = _strongest(_complete(members))
-        accuracy = _accuracy(strongest)
-        if accuracy is not None:
+        score = _score(strongest)
+        if score is not None:
             summaries.append(
                 WorstSummary(
                     victim=victim,
@@ -230,7 +233,7 @@ def worst(records: Sequence[Record]) -> list[WorstSummary]:
                     threat=threat,
                     attacks=dict(Counter(r.attack for r in strongest)),
                     missing=sum(r.state != "done" for r in members),
-                    accuracy=accuracy,
+                    score=score,
                     advantage=_estimate(strongest, references.advantage),
                 )
             )
@@ -249,9 +252,9 @@ def _complete(records: Sequence[Record]) -> list[Record]:
 def _strongest(records: Iterable[Record]) -> list[Record]:
     best: dict[int, Record] = {}
     for record in records:
-        if record.state == "done" and record.accuracy is not None:
+        if record.state == "done" and record.score is not None:
             known = best.get(record.key)
-            if known is None or known.accuracy is None or record.accuracy.rate > known.accuracy.rate:
+            if known is None or known.score is None or record.score.value > known.score.value:
                 best[record.key] = record
     return list(best.values())
 
@@ -276,17 +279,29 @@ def _estimate(records: Iterable[Record], measure: Callable[[Record], float | Non
     )
 
 
-def _accuracy(records: Sequence[Record]) -> Estimate | None:
+def _score(records: Sequence[Record]) -> Estimate | None:
     """Where all keys agree (or there is one), the judge's images are what was sampled: Wilson's interval."""
-    judged = [(r, r.accuracy) for r in records if r.accuracy is not None]
-    estimate = _estimate([r for r, _ in judged], lambda r: r.accuracy.rate if r.accuracy else None)
+    judged = [(r, r.score) for r in records if r.score is not None]
+    estimate = _estimate([r for r, _ in judged], lambda r: r.score.value if r.score else None)
     if estimate is None:
         return None
     interval = estimate.interval
     if estimate.least == estimate.most:
-        images = min(accuracy.images for _, accuracy in judged)
-        interval = wilson(round(estimate.mean * images), images)
+        examples = min(score.examples for _, score in judged)
+        interval = wilson(round(estimate.mean * examples), examples)
     return Estimate(estimate.mean, estimate.least, estimate.most, estimate.worst_key, estimate.keys, interval)
+
+
+def _further(records: Sequence[Record]) -> dict[str, Estimate]:
+    found = {name: None for r in records if r.score for name in r.score.further}
+    means = {}
+    for name in found:
+
+        def measure(record: Record, name: str = name) -> float | None:
+            return record.score.further.get(name) if record.score else None
+
+        means[name] = _estimate(records, measure)
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _detection(records: Sequence[Record]) -> DetectionSummary | None:

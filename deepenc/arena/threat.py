@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from deepenc.errors import ClaimError, OutOfBudget
 
 Budget = Literal[
-    "labelled", "unlabelled", "samples", "steps", "key_fraction", "copies", "drift", "oracle", "trials"
+    "labelled", "unlabelled", "samples", "steps", "key_fraction", "releases", "drift", "oracle", "trials"
 ]
 """What a curve can run over: the numbers of a threat model."""
 
@@ -32,12 +32,12 @@ class Threat(BaseModel):
     Attributes:
         name: How tables call it.
         architecture: Whether the attacker knows the victim's architecture, widths included.
-        configuration: Whether the attacker knows ΔC per site (the paper's white box).
+        allocation: Whether the attacker knows ΔC per site (the paper's white box).
         key_fraction: Fraction of all confusion positions that the attacker knows, in [0, 1].
         labelled: Labelled images the attacker holds.
         unlabelled: Unlabelled images the attacker holds, none of them among the labelled.
         public_checkpoint: Whether the attacker has the public network that the victim was fine-tuned from.
-        copies: Further releases of the same model, under other keys, that the attacker holds.
+        releases: Further releases of the same model, under other keys, that the attacker holds.
         drift: Optimiser steps by which the owner fine-tuned the model between one release and the next.
         oracle: Inputs that the authorised model answers.
         trials: Settings or guesses that the attacker may try out.
@@ -51,12 +51,12 @@ class Threat(BaseModel):
 
     name: str
     architecture: bool = True
-    configuration: bool = True
+    allocation: bool = True
     key_fraction: float = Field(0.0, ge=0.0, le=1.0)
     labelled: int = Field(0, ge=0)
     unlabelled: int = Field(0, ge=0)
     public_checkpoint: bool = False
-    copies: int = Field(0, ge=0)
+    releases: int = Field(0, ge=0)
     drift: int = Field(0, ge=0)
     oracle: int = Field(0, ge=0)
     trials: int = Field(0, ge=0)
@@ -96,12 +96,12 @@ class Needs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: bool = False
-    configuration: bool = False
+    allocation: bool = False
     key_fraction: float = 0.0
     labelled: int = 0
     unlabelled: int = 0
     public_checkpoint: bool = False
-    copies: int = 0
+    releases: int = 0
     oracle: int = 0
     trials: int = 0
 
@@ -149,7 +149,7 @@ class Meter:
         _books[self] = _Book(threat.model_copy())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Meter:
-        """Copies of a case spend from one budget."""
+        """Releases of a case spend from one budget."""
         return self
 
     @property

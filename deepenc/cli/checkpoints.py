@@ -95,7 +95,7 @@ def encrypt(
     record.unlink(missing_ok=True)
     console = out()
     console.print(
-        f"{source} encrypted with {chosen.name}: {sum(made.configuration.values())} confusion channels at "
+        f"{source} encrypted with {chosen.name}: {sum(made.allocation.values())} confusion channels at "
         f"{len(made.positions)} sites, key of {made.entropy:.1f} bits.",
         markup=False,
     )

@@ -63,7 +63,7 @@ def _inspect_folder(folder: Path) -> None:
     named = spec.get("factory", spec.get("name", "an unknown victim"))  # an own network goes by what makes it
     victim = named if isinstance(named, str) else str(stored.factory)
     title = f"{folder}: {victim} encrypted with {stored.defense.get('name', 'an unknown defense')}"
-    _show(title, stored.sites, stored.configuration, None, stored.memory)
+    _show(title, stored.sites, stored.allocation, None, stored.memory)
 
 
 def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, scope: str) -> None:
@@ -83,16 +83,16 @@ def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, sc
     model, example = source.network(cache_folder())
     found = analyse(model, example, streams=streams, scope=scope)
     tensors = tensors_of(model, found.sites)
-    configuration = None
+    allocation = None
     ratio = None
     if chosen is not None and chosen.placement is not None and found.sites:
         original = Original(model, found.sites, example)
-        configuration = chosen.placement.place(original, np.random.default_rng(0))
-        ratio = memory(tensors, found.sites, configuration).ratio
+        allocation = chosen.placement.place(original, np.random.default_rng(0))
+        ratio = memory(tensors, found.sites, allocation).ratio
     price = {site.name: memory(tensors, found.sites, {site.name: 1}).extra_bits // 8 for site in found.sites}
     size = memory(tensors, found.sites, {}).bits / 8
     title = f"{source.label}: {len(found.sites)} sites, {size / 2**20:.2f} MiB"
-    _show(title if chosen is None else f"{title}; {chosen.name}", found.sites, configuration, price, ratio)
+    _show(title if chosen is None else f"{title}; {chosen.name}", found.sites, allocation, price, ratio)
     if why:
         _explain(found.left_out)
 
@@ -100,7 +100,7 @@ def _inspect_victim(spec: str, defense: str | None, why: bool, streams: bool, sc
 def _show(
     title: str,
     sites: Sequence[Site],
-    configuration: Mapping[str, int] | None,
+    allocation: Mapping[str, int] | None,
     price: Mapping[str, int] | None,
     ratio: float | None,
 ) -> None:
@@ -109,7 +109,7 @@ def _show(
     Args:
         title: Above it.
         sites: The victim's sites.
-        configuration: Confusion channels per site, where there are any.
+        allocation: Confusion channels per site, where there are any.
         price: Bytes that one confusion channel costs at each site, where the victim is at hand.
         ratio: Measured ΔMem / Mem.
     """
@@ -117,23 +117,23 @@ def _show(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), box=SIMPLE_HEAD, show_footer=configuration is not None)
+    table = Table(title=escape(title), box=SIMPLE_HEAD, show_footer=allocation is not None)
     table.title_justify = "left"
-    counts = [(configuration or {}).get(site.name, 0) for site in sites]
+    counts = [(allocation or {}).get(site.name, 0) for site in sites]
     bits = [log2(comb(site.width + count, count)) for site, count in zip(sites, counts, strict=True)]
     table.add_column("site", footer="all")
     table.add_column("width C", justify="right", footer=str(sum(site.width for site in sites)))
     table.add_column("tensors", justify="right")
     if price is not None:
         table.add_column("bytes a channel", justify="right")
-    if configuration is not None:
+    if allocation is not None:
         table.add_column("ΔC", justify="right", footer=str(sum(counts)))
         table.add_column("key bits", justify="right", footer=f"{sum(bits):.1f}")
     for site, count, entropy in zip(sites, counts, bits, strict=True):
         row = [escape(site.name), str(site.width), str(len({slot.tensor for slot in site.slots}))]
         if price is not None:
             row.append(str(price[site.name]))
-        if configuration is not None:
+        if allocation is not None:
             row += [str(count), f"{entropy:.1f}"]
         table.add_row(*row)
     console = out()

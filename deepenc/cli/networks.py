@@ -94,7 +94,7 @@ def encrypt(
     )
     console = out()
     console.print(
-        f"{source.label} encrypted with {chosen.name}: {sum(made.configuration.values())} confusion "
+        f"{source.label} encrypted with {chosen.name}: {sum(made.allocation.values())} confusion "
         f"channels at {len(made.positions)} sites, memory +{100 * stored.memory:.2f} %, "
         f"key of {made.entropy:.1f} bits.",
         markup=False,

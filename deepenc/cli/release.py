@@ -210,7 +210,7 @@ def what_is_left(source: VictimSource, model: nn.Module, encrypted: nn.Module, e
         return f"Used without the key: outputs on the example {_moved(model, encrypted, example)}."
     images = Images(victim.defender.inputs[:IMAGES], victim.defender.labels[:IMAGES])
     judged = (judge(one, images, victim.classes, who="the release") for one in (model, encrypted))
-    before, after = (100 * accuracy.rate for accuracy in judged)
+    before, after = (100 * score.value for score in judged)
     text = f"Used without the key: {after:.1f} % right instead of {before:.1f} % ({len(images)} images)."
     if after > HARDLY * before:
         text += " That is hardly any damage: take another defense, or more channels."

@@ -103,7 +103,7 @@ def rotate(
         force=force,
     )
     out().print(
-        f"{folder} encrypted again with {chosen.name}: {sum(made.configuration.values())} confusion channels "
+        f"{folder} encrypted again with {chosen.name}: {sum(made.allocation.values())} confusion channels "
         f"at {len(made.positions)} sites, key of {made.entropy:.1f} bits.\n"
         "Checked: both networks decrypt to the same victim, bit for bit.\n"
         f"network  {target}\nkey      {new_key} (sealed; keep it apart from the network)\n"

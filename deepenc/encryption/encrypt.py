@@ -159,7 +159,7 @@ def reshelter(
     positions, arrangement = key.positions, key.arrangement
     if rotate:
         arrangement = arrangement_of(chosen, original, root, key.fingerprint)
-        positions = derive_positions(root, key.sites, key.configuration)
+        positions = derive_positions(root, key.sites, key.allocation)
         if positions == dict(key.positions):
             raise ConfigError("the new positions are the old key's; rotate with another secret or seed")
     # Bound to the last release: the same seed twice must not draw the same confusion weights twice.

@@ -20,17 +20,17 @@ def attacks() -> str:
 def needed(needs: Needs) -> str:
     """Needs in words.
 
-    >>> needed(Needs(labelled=2, configuration=True)), needed(Needs(key_fraction=1e-6)), needed(Needs())
+    >>> needed(Needs(labelled=2, allocation=True)), needed(Needs(key_fraction=1e-6)), needed(Needs())
     ('ΔC, 2 labelled', 'part of the key', 'nothing')
     """
     words = {
-        "configuration": "ΔC",
+        "allocation": "ΔC",
         "architecture": "the architecture",
         "public_checkpoint": "the public network",
     }
     said = [words[field] for field in words if getattr(needs, field)]
     said += ["part of the key"] if needs.key_fraction else []
-    counts = {"labelled": "labelled", "unlabelled": "unlabelled", "copies": "copies", "oracle": "queries"}
+    counts = {"labelled": "labelled", "unlabelled": "unlabelled", "releases": "releases", "oracle": "queries"}
     counts["trials"] = "trials"
     said += [f"{getattr(needs, field)} {word}" for field, word in counts.items() if getattr(needs, field)]
     return ", ".join(said) or "nothing"

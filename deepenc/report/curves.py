@@ -26,7 +26,7 @@ class Line:
     @property
     def falls(self) -> bool:
         """Whether more of the budget did harm, beyond the intervals: an attack that is not well made."""
-        found = [s.accuracy for s in self.points.values() if s.accuracy and s.accuracy.interval]
+        found = [s.score for s in self.points.values() if s.score and s.score.interval]
         best_low = 0.0
         for estimate in found:
             assert estimate.interval is not None

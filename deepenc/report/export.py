@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from deepenc.arena.record import Accuracy, Cost, Detection, Provenance, Record
+from deepenc.arena.record import Cost, Detection, Provenance, Record, Score
 from deepenc.errors import StoreError
 
 _PARTS: dict[str, type[BaseModel]] = {
-    "accuracy": Accuracy,
+    "score": Score,
     "detection": Detection,
     "cost": Cost,
     "provenance": Provenance,

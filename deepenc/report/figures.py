@@ -34,7 +34,7 @@ def write_figures(records: Sequence[Record], folder: str | Path) -> list[Path]:
     folder = Path(folder)
     made = []
     for victim, threat in dict.fromkeys((s.victim, s.threat) for s in apart(summaries)):
-        members = [s for s in summaries if (s.victim, s.threat) == (victim, threat) and s.accuracy]
+        members = [s for s in summaries if (s.victim, s.threat) == (victim, threat) and s.score]
         if members:
             made.append((f"{victim} {threat}", heat_map(members, f"{victim} against {threat}")))
     for chart in charts(summaries):
@@ -70,9 +70,9 @@ def heat_map(summaries: Sequence[CellSummary], title: str) -> Figure:
     figure = Figure(figsize=(2.8 + 0.95 * len(defenses), 1.6 + 0.27 * len(attacks)), layout="constrained")
     axes = figure.subplots()
     for s in summaries:
-        assert s.accuracy is not None
+        assert s.score is not None
         row, column = attacks.index(s.attack), defenses.index(s.defense)
-        values[row, column] = 100 * s.accuracy.mean
+        values[row, column] = 100 * s.score.mean
         text = f"{values[row, column]:.1f}" + ("*" if s.unreliable else "")
         dark = 35 < values[row, column] < 80
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="black" if dark else "white")
@@ -80,7 +80,7 @@ def heat_map(summaries: Sequence[CellSummary], title: str) -> Figure:
     for column, defense in enumerate(defenses):
         stolen = [s for s in summaries if s.defense == defense and s.protected and s.reference != "scratch"]
         if stolen:
-            best = max(stolen, key=lambda s: s.accuracy.mean if s.accuracy else 0.0)
+            best = max(stolen, key=lambda s: s.score.mean if s.score else 0.0)
             place = (column - 0.5, attacks.index(best.attack) - 0.5)
             axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=1.6))
     axes.set_xticks(range(len(defenses)), defenses, rotation=30, ha="right", fontsize=8)
@@ -113,7 +113,7 @@ def curve(chart: Chart) -> Figure:
 
 def _draw(axes: Axes, points: object, label: str) -> None:
     assert isinstance(points, dict)
-    found = [(value, s.accuracy, s.reference) for value, s in points.items() if s.accuracy]
+    found = [(value, s.score, s.reference) for value, s in points.items() if s.score]
     if not found:
         return
     at = [value for value, _, _ in found]

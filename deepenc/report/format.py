@@ -10,7 +10,7 @@ ABSENT = "—"
 """Stands where nothing was measured; never 0."""
 
 INTERVAL = (
-    "Mean over keys [95 % interval: bootstrap over keys; over the judge's images (Wilson) where all keys "
+    "Mean over keys [95 % interval: bootstrap over keys; over the judge's examples (Wilson) where all keys "
     "agree]"
 )
 
@@ -18,6 +18,15 @@ INTERVAL = (
 def percent(value: Estimate | None) -> tuple[str, str]:
     """A share in percent: the mean with its interval, and the owner's worst key."""
     return estimate(value, 100, 1)
+
+
+def share(value: float) -> str:
+    """A further measure: in percent where it is a share, as it is where it is none.
+
+    >>> share(0.781), share(12.34)
+    ('78.1', '12.3')
+    """
+    return f"{100 * value:.1f}" if value <= 1 else f"{value:.3g}"
 
 
 def unit(value: Estimate | None) -> tuple[str, str]:

@@ -10,13 +10,22 @@ from deepenc.arena.record import Record
 from deepenc.arena.stats import CellSummary, summarise, worst
 from deepenc.errors import StoreError
 from deepenc.report.curves import Chart, apart, charts
-from deepenc.report.format import ABSENT, INTERVAL, by_frequency, estimate, markdown_table, states, with_keys
+from deepenc.report.format import (
+    ABSENT,
+    INTERVAL,
+    by_frequency,
+    estimate,
+    markdown_table,
+    share,
+    states,
+    with_keys,
+)
 from deepenc.report.frontier import TOLERABLE, Frontier, frontiers
 
 Cell = Callable[[CellSummary], str]
 
 LEGEND = (
-    f"Accuracies in % of the judge's images. {INTERVAL} (the owner's worst key). Detection: area under the "
+    f"Scores in %. {INTERVAL} (the owner's worst key). Detection: area under the "
     "ROC curve, share of sites found exactly (share of keys with all sites found, and what the paper's p^L "
     f"makes it), bits of the key left to try. {ABSENT} was not measured."
 )
@@ -33,16 +42,16 @@ def markdown(records: Sequence[Record]) -> str:
         where scores were claimed, one of detection; a table for each curve, and how far each defense holds.
     """
     summaries = summarise(records)
-    judged = {r.accuracy.images for r in records if r.accuracy}
-    keys = max((s.accuracy.keys for s in summaries if s.accuracy), default=0)
-    images = f"{min(judged)} judge's images" if judged else "no images"
+    judged = {r.score.examples for r in records if r.score}
+    keys = max((s.score.keys for s in summaries if s.score), default=0)
+    images = f"{min(judged)} judge's examples" if judged else "no examples"
     parts = [f"{LEGEND} Up to {keys} keys, {images}."]
     if strongest := _strongest(records, summaries):
         parts.append(f"**The strongest attack on each key**\n\n{strongest}")
     plain = apart(summaries)
     for victim, threat in dict.fromkeys((s.victim, s.threat) for s in plain):
         members = [s for s in plain if (s.victim, s.threat) == (victim, threat)]
-        parts.append(f"**{victim}, accuracy under `{threat}`**\n\n{_pivot(members, _accuracy)}")
+        parts.append(f"**{victim}, accuracy under `{threat}`**\n\n{_pivot(members, _score)}")
         scored = [s for s in members if s.detection]
         if scored:
             parts.append(f"**{victim}, detection under `{threat}`**\n\n{_pivot(scored, _detection)}")
@@ -76,7 +85,7 @@ def _strongest(records: Sequence[Record], summaries: Iterable[CellSummary]) -> s
                 line.threat,
                 line.defense,
                 with_keys(line.attacks),
-                _estimate(line.accuracy, 100, 1),
+                _estimate(line.score, 100, 1),
                 _estimate(line.advantage, 1, 2),
                 _cost(cell),
             ]
@@ -117,7 +126,7 @@ def _chart(chart: Chart) -> str:
     for line in chart.lines:
         cells = [line.points.get(value) for value in chart.values]
         name = f"{line.attack} (falls)" if line.falls else line.attack
-        rows.append([name, line.defense, *(_accuracy(s) if s else "" for s in cells)])
+        rows.append([name, line.defense, *(_score(s) if s else "" for s in cells)])
     return f"**{chart.victim}, accuracy over {budget} under `{chart.threat}`**\n\n{markdown_table(rows)}"
 
 
@@ -141,12 +150,12 @@ def _frontiers(found: Sequence[Frontier]) -> str:
     return "\n\n".join(parts)
 
 
-def _accuracy(summary: CellSummary) -> str:
-    if summary.accuracy is None:
+def _score(summary: CellSummary) -> str:
+    if summary.score is None:
         return states(summary.states)
     mark = "*" if summary.unreliable else ""
-    fifth = "" if summary.top5 is None else f"; top-5 {100 * summary.top5.mean:.1f}"
-    return _estimate(summary.accuracy, 100, 1) + mark + fifth
+    further = "".join(f"; {name} {share(value.mean)}" for name, value in summary.further.items())
+    return _estimate(summary.score, 100, 1) + mark + further
 
 
 def _estimate(value: Estimate | None, factor: int, digits: int) -> str:

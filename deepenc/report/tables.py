@@ -51,7 +51,7 @@ def overview(victim: str, strongest: Sequence[WorstSummary], summaries: Sequence
     table = _table(f"{victim}: every defense against the strongest attack on each key")
     for name in ("threat", "defense"):
         table.add_column(name, no_wrap=True)
-    for name in ("memory", "key bits", "accuracy %", "top", "advantage", "top"):
+    for name in ("memory", "key bits", "score %", "top", "advantage", "top"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("strongest attack (keys)", overflow="fold")
     table.add_column("not done", justify="right", overflow="fold")
@@ -62,7 +62,7 @@ def overview(victim: str, strongest: Sequence[WorstSummary], summaries: Sequence
             escape(line.defense),
             ABSENT if memory is None else f"+{100 * memory:.1f} %",
             ABSENT if bits is None else f"{bits:.0f}",
-            *map(escape, (*percent(line.accuracy), *unit(line.advantage))),
+            *map(escape, (*percent(line.score), *unit(line.advantage))),
             escape(with_keys(line.attacks)),
             str(line.missing) if line.missing else "",
         )
@@ -79,7 +79,7 @@ def cells(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
     """
     table = _table(f"{victim} against {threat}")
     table.add_column("attack", no_wrap=True)
-    for name in ("accuracy %", "top", "advantage", "AUC", "TPR", "exact", "bits"):
+    for name in ("score %", "top", "advantage", "AUC", "TPR", "exact", "bits"):
         table.add_column(name, justify="right", overflow="fold")
     for name in ("images", "steps", "s"):
         table.add_column(name, justify="right", style="dim", overflow="fold")
@@ -112,10 +112,10 @@ def _cell(line: CellSummary) -> list[str]:
         else (ABSENT,) * 4
     )
     spent = (count(cost.samples), count(cost.steps), f"{cost.seconds:.1f}") if cost else (ABSENT,) * 3
-    accuracy, top = percent(line.accuracy)
+    score, top = percent(line.score)
     return [
         f" {escape(_name(line))}",
-        escape(accuracy),
+        escape(score),
         top,
         escape(unit(line.advantage)[0]),
         *detection,

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from deepenc.arena.build import Encryption, Subject, fresh
-from deepenc.arena.duel import duel
+from deepenc.arena.duel import run_duel
 from deepenc.arena.estimates import Estimate, bootstrap
-from deepenc.arena.plan import Cell, Task, plan
+from deepenc.arena.plan import Cell, Duel, plan
 from deepenc.arena.record import Record
 from deepenc.arena.run.matrix import device_of
 from deepenc.arena.stats import References, worst
@@ -82,7 +82,7 @@ class Evaluator:
         made = Encryption.of(self._subject, null, secret)
         records = []
         for cell in cells:
-            record = duel(self._task(cell), lambda: made)
+            record = run_duel(self._duel(cell), lambda: made)
             if record.state == "failed":
                 raise ConfigError(
                     f"the reference {cell.entry.label!r} could not be measured: {record.reason}"
@@ -116,13 +116,13 @@ class Evaluator:
             return Result("pruned", reason=reason)
         responses: list[float] = []
         for step, cell in enumerate(cells):
-            task = self._task(cell)
-            record = duel(task, lambda cell=cell, task=task: self._encryption(cell, task.secret))  # type: ignore[misc]
+            duel = self._duel(cell)
+            record = run_duel(duel, lambda cell=cell, duel=duel: self._encryption(cell, duel.secret))  # type: ignore[misc]
             records.append(record)
             if record.state != "done":
                 return Result("failed", reason=f"{cell.entry.label}: {record.reason}", records=tuple(records))
             if "gain" in search.objectives and len(responses) <= cell.key:
-                responses.append(self._response(self._encryption(cell, task.secret)))
+                responses.append(self._response(self._encryption(cell, duel.secret)))
             if len(search.objectives) == 1 and step + 1 < len(cells):
                 so_far = values_of(search, (*self.references, *records), responses)[0]
                 if so_far is not None and report(step, so_far.mean):
@@ -135,9 +135,9 @@ class Evaluator:
         means = tuple(value.mean for value in found if value is not None)
         return Result("complete", means, records=tuple(records), responses=tuple(responses))
 
-    def _task(self, cell: Cell) -> Task:
+    def _duel(self, cell: Cell) -> Duel:
         fingerprint = self._subject.victim.fingerprint
-        return Task.of(cell, fingerprint, self._root, self._search.judge, self._device)
+        return Duel.of(cell, fingerprint, self._root, self._search.judge, self._device)
 
     def _encryption(self, cell: Cell, secret: bytes) -> Encryption:
         if cell.key not in self._encryptions:
@@ -147,7 +147,7 @@ class Evaluator:
     def _memory(self, defense: Defense, cell: Cell) -> float:
         """Memory of a defense; hardening, which is expensive, does not change it."""
         bare = defense.model_copy(update={"hardening": ()})
-        return Encryption.of(self._subject, bare, self._task(cell).secret).memory
+        return Encryption.of(self._subject, bare, self._duel(cell).secret).memory
 
     def fresh_responses(self, defense: Defense, secrets: Sequence[bytes]) -> list[float]:
         """Response change under further keys, on the judge's own images; for after the search alone."""
@@ -221,8 +221,8 @@ def values_of(
         if not record.protected or record.state != "done":
             continue
         original = references.rate("floor", record)
-        if record.reference == "floor" and record.accuracy and original is not None:
-            lost.setdefault(record.key, []).append(original - record.accuracy.rate)
+        if record.reference == "floor" and record.score and original is not None:
+            lost.setdefault(record.key, []).append(original - record.score.value)
         if record.memory is not None:
             costs[record.key] = record.memory
         if record.detection is not None:

@@ -18,7 +18,7 @@ class Permute(Hardening):
     they would are left as they are, and where only the sizes would (behind anything that bends, as a GELU
     does), only the order changes. It answers whoever compares the release with a known network entry by
     entry, or looks at norms across channels. It hides nothing from whoever matches directions of weights
-    (`copies`, `public-checkpoint`), adds nothing to the key's bits, and confusion channels, filled
+    (`releases`, `public-checkpoint`), adds nothing to the key's bits, and confusion channels, filled
     afterwards, are as conspicuous as before.
     """
 

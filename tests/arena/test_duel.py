@@ -15,9 +15,9 @@ from deepenc.arena.build import Encryption, _leak, build_case
 from deepenc.arena.case import Attack, Claim
 from deepenc.arena.checks.base import differing, snapshot
 from deepenc.arena.checks.tiny import TinySource, TwoEach, host_defense, tiny_subject
-from deepenc.arena.duel import duel
+from deepenc.arena.duel import run_duel
 from deepenc.arena.oracle import Oracle as AuthorisedModel
-from deepenc.arena.plan import Cell, Entry, Task
+from deepenc.arena.plan import Cell, Duel, Entry
 from deepenc.arena.threat import Meter, Needs, Threat
 from deepenc.encryption.defense import Defense
 
@@ -36,7 +36,7 @@ def case_of(encryption, threat=FULL, seed=5, leak=6):
 
 def fought(attack, encryption, threat=FULL, seed=5):
     cell = Cell(TinySource(), encryption.defense, Entry(attack=attack, label="it"), threat, 0, 0)
-    return duel(Task(cell, "id", bytes(32), seed, 6, None, "cpu"), lambda: encryption)
+    return run_duel(Duel(cell, "id", bytes(32), seed, 6, None, "cpu"), lambda: encryption)
 
 
 class _Test(Attack):
@@ -89,7 +89,7 @@ class Spender(_Test):
 class Greedy(_Test):
     @property
     def needs(self):
-        return Needs(labelled=1000, configuration=True)
+        return Needs(labelled=1000, allocation=True)
 
     def act(self, case):
         raise AssertionError("must not be called")
@@ -146,7 +146,7 @@ def test_leaving_the_network_alone_measures_it(encryption):
     with torch.no_grad():
         network = case_of(encryption).encrypted
         right = int((network(victim.judge.inputs).argmax(1) == victim.judge.labels).sum())
-    assert (record.state, record.accuracy.correct, record.accuracy.images) == ("done", right, 256)
+    assert (record.state, record.score.value, record.score.examples) == ("done", right / 256, 256)
     assert (record.detection, record.removed) == (None, False)
     assert record.key_bits == pytest.approx(encryption.key.entropy)
     assert 0 < record.memory < 1
@@ -160,14 +160,14 @@ def test_judging_costs_nothing_and_cannot_run_out_of_budget(encryption):
 def test_the_right_scores_give_the_victim_back(encryption):
     record = fought(Oracle(positions=dict(encryption.key.positions)), encryption)
     assert record.state == "done", record.reason
-    assert (record.accuracy.rate, record.removed, record.detection.auc) == (1.0, True, 1.0)
+    assert (record.score.value, record.removed, record.detection.auc) == (1.0, True, 1.0)
     assert record.detection.bits_left == 0
 
 
 def test_without_the_configuration_scores_alone_are_not_removed(encryption):
-    threat = Threat(name="blind", configuration=False)
+    threat = Threat(name="blind", allocation=False)
     record = fought(Oracle(positions=dict(encryption.key.positions)), encryption, threat)
-    assert (record.accuracy, record.removed, record.detection.auc) == (None, False, 1.0)
+    assert (record.score, record.removed, record.detection.auc) == (None, False, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_misbehaviour_is_a_failed_cell_with_its_traceback(encryption, attack, to
     assert record.state == "failed"
     assert told in record.reason
     assert "Traceback" in record.reason
-    assert record.accuracy is None
+    assert record.score is None
 
 
 def test_interrupts_pass(encryption):
@@ -197,15 +197,15 @@ def test_budgets_hold(encryption):
     assert fought(Spender(), encryption).cost.steps == 3
     for threat in (Threat(name="t", unlabelled=30, samples=29), Threat(name="t", unlabelled=30, steps=2)):
         record = fought(Spender(), encryption, threat)
-        assert (record.state, record.accuracy) == ("out_of_budget", None)
+        assert (record.state, record.score) == ("out_of_budget", None)
         assert threat.name in record.reason
 
 
 def test_unmet_needs_are_unsupported(encryption):
-    record = fought(Greedy(), encryption, Threat(name="bare", configuration=False))
+    record = fought(Greedy(), encryption, Threat(name="bare", allocation=False))
     assert record.state == "unsupported"
     assert "labelled >= 1000 (given 0)" in record.reason
-    assert "configuration" in record.reason
+    assert "allocation" in record.reason
 
 
 def test_a_case_with_nothing_to_attack_is_unsupported(encryption):
@@ -245,14 +245,14 @@ def test_the_victim_stays_as_it_was(encryption):
 
 
 def test_a_network_that_writes_to_its_input_changes_nothing_for_others(encryption):
-    first = fought(Leave(), encryption).accuracy
+    first = fought(Leave(), encryption).score
     parts = [tiny_subject().victim.judge, tiny_subject().victim.attacker, tiny_subject().victim.defender]
     before = [(part.inputs.clone(), part.labels.clone()) for part in parts]
     assert fought(InPlace(), encryption).state == "done"
     assert fought(Scribbler(), encryption).state == "done"
     for part, (inputs, labels) in zip(parts, before, strict=True):
         assert torch.equal(part.inputs, inputs) and torch.equal(part.labels, labels)
-    assert fought(Leave(), encryption).accuracy == first
+    assert fought(Leave(), encryption).score == first
     assert FULL.labelled == 20
 
 
@@ -306,8 +306,8 @@ def test_half_of_many_single_channels_is_half():
 
 
 def test_withheld_knowledge_is_not_there(encryption):
-    case = case_of(encryption, Threat(name="t", architecture=False, configuration=False))
-    assert (case.configuration, case.blank, dict(case.known)) == (None, None, {})
+    case = case_of(encryption, Threat(name="t", architecture=False, allocation=False))
+    assert (case.allocation, case.blank, dict(case.known)) == (None, None, {})
     assert (len(case.labelled), len(case.unlabelled)) == (0, 0)
 
 
@@ -362,4 +362,4 @@ def test_a_case_carries_over_nothing_that_a_defense_left_behind(encryption):
 def test_the_null_defense_has_nothing_to_find():
     made = Encryption.of(tiny_subject(), Defense.model_validate("null"), bytes(32))
     record = fought(Oracle(), made)
-    assert (record.accuracy.rate, record.detection, record.protected) == (1.0, None, False)
+    assert (record.score.value, record.detection, record.protected) == (1.0, None, False)

@@ -38,40 +38,40 @@ def kept(network, sites, positions):
 
 def test_nothing_more_is_given_than_is_allowed(encryption):
     case = case_of(encryption)
-    assert case.public is None and case.oracle is None and case.copies == ()
+    assert case.public is None and case.oracle is None and case.releases == ()
 
 
 def test_copies_are_the_same_model_under_other_keys(encryption):
-    case = case_of(encryption, copies=2)
-    assert len(case.copies) == 2
-    firsts = [case.encrypted.conv1.weight, *(r.encrypted.conv1.weight for r in case.copies)]
+    case = case_of(encryption, releases=2)
+    assert len(case.releases) == 2
+    firsts = [case.encrypted.conv1.weight, *(r.encrypted.conv1.weight for r in case.releases)]
     assert len({tuple(w.flatten().tolist()) for w in firsts}) == 3
     real = {tuple(row.flatten().tolist()) for row in encryption.subject.victim.model.conv1.weight}
-    for release in case.copies:
+    for release in case.releases:
         rows = [tuple(row.flatten().tolist()) for row in release.encrypted.conv1.weight]
         assert len(real & set(rows)) == 24 and len(rows) == 26
-        assert release.configuration == case.configuration
+        assert release.allocation == case.allocation
 
 
 def test_copies_are_the_same_for_every_attack_on_an_encryption(encryption):
-    one, two = case_of(encryption, copies=1), case_of(encryption, copies=1)
-    for name, tensor in one.copies[0].encrypted.state_dict().items():
-        other = two.copies[0].encrypted.state_dict()[name]
+    one, two = case_of(encryption, releases=1), case_of(encryption, releases=1)
+    for name, tensor in one.releases[0].encrypted.state_dict().items():
+        other = two.releases[0].encrypted.state_dict()[name]
         assert torch.equal(tensor, other) and tensor.data_ptr() != other.data_ptr()
 
 
 def test_drift_moves_the_real_weights_a_little(encryption):
-    case = case_of(encryption, copies=1, drift=5)
+    case = case_of(encryption, releases=1, drift=5)
     real = encryption.subject.victim.model.conv1.weight.detach().flatten(1)
-    moved = case.copies[0].encrypted.conv1.weight.detach().flatten(1)
+    moved = case.releases[0].encrypted.conv1.weight.detach().flatten(1)
     cosine = torch.nn.functional.normalize(real, dim=1) @ torch.nn.functional.normalize(moved, dim=1).T
     assert float(cosine.amax(dim=1).min()) > 0.95
     assert not any(torch.equal(a, b) for a in real for b in moved)
 
 
 def test_copies_and_public_networks_are_metered(encryption):
-    case = case_of(encryption, copies=1, public_checkpoint=True, samples=10)
-    case.copies[0].encrypted(torch.zeros(4, 3, 8, 8))
+    case = case_of(encryption, releases=1, public_checkpoint=True, samples=10)
+    case.releases[0].encrypted(torch.zeros(4, 3, 8, 8))
     case.public(torch.zeros(6, 3, 8, 8))
     assert case.meter.samples == 10
     with pytest.raises(OutOfBudget):
@@ -96,7 +96,7 @@ def test_the_oracle_answers_as_the_victim_does_and_counts(encryption):
 
 
 def test_the_oracle_does_not_show_its_model(encryption):
-    case = case_of(encryption, oracle=8, copies=1, public_checkpoint=True)
+    case = case_of(encryption, oracle=8, releases=1, public_checkpoint=True)
     assert not pry(case).anything
     reachable = [value for value in vars(case.oracle).values() if not isinstance(value, Meter)]
     assert reachable and not any(isinstance(value, nn.Module) for value in reachable)
@@ -131,7 +131,7 @@ def test_the_case_without_some_channels(encryption):
     site = case.sites[0]
     smaller = case.without({site.name: (0, 3, 5)})
     assert smaller.sites == narrow_sites(case.sites, {site.name: (0, 3, 5)})
-    assert smaller.configuration == {**case.configuration, site.name: 0}
+    assert smaller.allocation == {**case.allocation, site.name: 0}
     assert smaller.known == {} and smaller.meter is case.meter
     assert smaller.encrypted.conv1.weight.shape[0] == 23
     network = case.copy()

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +40,7 @@ def images(labels):
 def test_judge_counts_by_hand():
     outputs = torch.tensor([[0.1, 0.9], [2.0, 1.0], [0.0, 5.0], [1.0, 0.0], [0.0, 1.0]])
     found = judge(Fixed(outputs), images([1, 0, 0, 0, 1]), 2, who="x", batch=2)
-    assert (found.correct, found.images, found.unreadable) == (4, 5, 0)
+    assert (found.value, found.examples, found.unreadable) == (4 / 5, 5, 0)
 
 
 def test_judge_is_in_eval_mode_without_gradients():
@@ -51,12 +52,12 @@ def test_judge_is_in_eval_mode_without_gradients():
 def test_nan_outputs_are_wrong_and_told():
     outputs = torch.tensor([[float("nan"), 0.0], [0.0, float("nan")], [1.0, 0.0]])
     found = judge(Fixed(outputs), images([0, 1, 0]), 2, who="x")
-    assert (found.correct, found.unreadable) == (1, 2)
+    assert (found.value, found.unreadable) == (1 / 3, 2)
 
 
 def test_infinite_outputs_still_name_a_class():
     outputs = torch.tensor([[float("inf"), 0.0], [0.0, float("-inf")]])
-    assert judge(Fixed(outputs), images([0, 0]), 2, who="x").correct == 2
+    assert judge(Fixed(outputs), images([0, 0]), 2, who="x").value == 1
 
 
 def test_top5_by_hand():
@@ -64,15 +65,13 @@ def test_top5_by_hand():
     falling = [float(value) for value in range(11, 0, -1)]
     outputs = torch.tensor([falling] * 3 + [[0.0] * 11] * 2 + [[float("nan")] + [0.0] * 10])
     found = judge(Fixed(outputs), images([0, 4, 5, 0, 10, 1]), 11, who="x", batch=4)
-    assert (found.correct, found.top5, found.unreadable) == (2, 3, 1)
-    assert found.top5_rate == 0.5
+    assert (found.value, found.further, found.unreadable) == (2 / 6, {"top-5": 3 / 6}, 1)
 
 
 @pytest.mark.parametrize(("classes", "counted"), [(5, False), (10, False), (11, True)])
 def test_five_of_few_classes_say_nothing(classes, counted):
     found = judge(Fixed(torch.eye(classes)), images(list(range(classes))), classes, who="x")
-    assert found.top5 == (classes if counted else None)
-    assert found.top5_rate == (1 if counted else None)
+    assert found.further == ({"top-5": 1} if counted else {})
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +83,8 @@ def test_top5_against_a_plain_version(rows, data):
         sum(v > row[label] or (v == row[label] and c < label) for c, v in enumerate(row))
         for row, label in zip(rows, labels, strict=True)
     ]
-    assert (found.correct, found.top5) == (sum(p == 0 for p in places), sum(p < 5 for p in places))
+    first, fifth = np.mean([[p == 0, p < 5] for p in places], axis=0)
+    assert (found.value, found.further) == (first, {"top-5": fifth})
 
 
 class Normalised(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepenc.arena.estimates import bootstrap, wilson
-from deepenc.arena.record import Accuracy, Cost, Detection, Record
+from deepenc.arena.record import Cost, Detection, Record, Score
 from deepenc.arena.stats import Layers, References, advantage, per_layer, summarise, worst
 
 
@@ -22,7 +22,7 @@ def record(defense, attack, correct, key=0, repeat=0, *, reference=None, state="
         reference=reference,
         protected=defense != "null",
         state=state,
-        accuracy=None if correct is None else Accuracy(correct=correct, images=100),
+        score=None if correct is None else Score(value=correct / 100, examples=100),
         **more,
     )
 
@@ -109,16 +109,16 @@ def test_only_the_null_defense_gives_references():
 def test_accuracy_over_keys_is_bootstrapped_and_its_worst_key_named():
     records = [record("d", "a", c, k) for k, c in enumerate((10, 90, 50))]
     (found,) = summarise(records)
-    estimate = found.accuracy
+    estimate = found.score
     assert (estimate.mean, estimate.least, estimate.most) == (0.5, 0.1, 0.9)
     assert (estimate.worst_key, estimate.keys, estimate.interval.unit) == (1, 3, "keys")
 
 
 def test_repeats_do_not_count_as_keys():
     (found,) = summarise([record("d", "a", c, 0, r) for r, c in enumerate((10, 20, 30))])
-    assert found.accuracy.keys == 1
-    assert found.accuracy.mean == pytest.approx(0.2)
-    assert found.accuracy.interval == wilson(20, 100)
+    assert found.score.keys == 1
+    assert found.score.mean == pytest.approx(0.2)
+    assert found.score.interval == wilson(20, 100)
 
 
 def test_unfinished_duels_are_absent_not_zero():
@@ -129,9 +129,9 @@ def test_unfinished_duels_are_absent_not_zero():
     ]
     (found,) = summarise(records)
     assert dict(found.states) == {"done": 1, "failed": 1, "out_of_budget": 1}
-    assert (found.accuracy.mean, found.accuracy.keys, found.reason) == (0.5, 1, "boom")
+    assert (found.score.mean, found.score.keys, found.reason) == (0.5, 1, "boom")
     (nothing,) = summarise([record("d", "b", None, state="unsupported", reason="r")])
-    assert (nothing.accuracy, nothing.advantage, nothing.detection, nothing.cost) == (None,) * 4
+    assert (nothing.score, nothing.advantage, nothing.detection, nothing.cost) == (None,) * 4
 
 
 def test_worst_attack_is_taken_per_key():
@@ -144,7 +144,7 @@ def test_worst_attack_is_taken_per_key():
         record("d", "own", 99, 0, reference="scratch"),
     ]
     (found,) = worst(records)
-    assert found.accuracy.mean == 0.75
+    assert found.score.mean == 0.75
     assert dict(found.attacks) == {"a": 1, "b": 1}
     assert found.missing == 2
     assert found.advantage.mean == pytest.approx((70 / 80 + 60 / 80) / 2)
@@ -162,14 +162,14 @@ def test_detection_and_cost_means():
     assert found.detection.exact.mean == 0.25
     assert (found.detection.bits_left.least, found.detection.bits) == (2, 10)
     assert (found.cost.samples, found.cost.steps) == (0.5, 2)
-    assert found.accuracy is None
+    assert found.score is None
 
 
 def test_keys_that_a_dear_attack_did_not_meet_do_not_count_as_safer():
     cheap = [record("d", "cheap", 30, k) for k in range(4)]
     dear = [record("d", "dear", correct, k) for k, correct in enumerate((80, 70))]
     (found,) = worst([*references(4, (20,) * 4), *cheap, *dear])
-    assert found.accuracy.keys == 2 and found.accuracy.mean == 0.75
+    assert found.score.keys == 2 and found.score.mean == 0.75
     assert found.attacks == {"dear": 2}
 
 

@@ -125,10 +125,10 @@ def test_single_layers_stop_at_the_budget():
 
 
 def test_needs_name_what_is_missing():
-    needs = Needs(public_checkpoint=True, copies=2, oracle=100).union(Needs(trials=5, copies=1))
+    needs = Needs(public_checkpoint=True, releases=2, oracle=100).union(Needs(trials=5, releases=1))
     assert needs.missing(Threat(name="t", oracle=10)) == [
         "public_checkpoint",
-        "copies >= 2 (given 0)",
+        "releases >= 2 (given 0)",
         "oracle >= 100 (given 10)",
         "trials >= 5 (given 0)",
     ]

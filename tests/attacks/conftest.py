@@ -123,7 +123,7 @@ def plant(trained: nn.Module) -> Plant:
         known: dict[str, tuple[int, ...]] | None = None,
         seed: int = 5,
         public: nn.Module | None = None,
-        copies: tuple[Release, ...] = (),
+        releases: tuple[Release, ...] = (),
         **threat: object,
     ) -> Planted:
         original = trained if network is None else network
@@ -153,7 +153,7 @@ def plant(trained: nn.Module) -> Plant:
         case = Case(
             encrypted=encrypted,
             sites=layout.widened_sites(),
-            configuration={k: len(v) for k, v in chosen.items()} if model.configuration else None,
+            allocation={k: len(v) for k, v in chosen.items()} if model.allocation else None,
             known=known or {},
             labelled=Images(images.inputs[: model.labelled], images.labels[: model.labelled]),
             unlabelled=images.inputs[model.labelled :],
@@ -167,7 +167,7 @@ def plant(trained: nn.Module) -> Plant:
             blank=blank if model.architecture else None,
             public=public,
             oracle=Oracle(original, torch.device("cpu"), meter) if model.oracle else None,
-            copies=copies,
+            releases=releases,
         )
         return Planted(case, original, chosen, toy_images(400, 2))
 

@@ -71,7 +71,7 @@ def test_greedy_finds_harm_that_hides_harm(plant, recalibrate):
 def test_greedy_ranks_by_the_order_of_removal(plant):
     planted = plant(ruinous, labelled=32)
     scores = Ablation(mode="greedy", objective="loss", images=32, per_round=2).attack(planted.case).scores
-    for name, count in planted.case.configuration.items():
+    for name, count in planted.case.allocation.items():
         ordered = scores[name].sort(descending=True).values
         assert (ordered[:count] > ordered[count:].max()).all()
     # 12 + 3 and 12 + 2 channels; conv2 is through after one round, conv1 after two; then all once more.

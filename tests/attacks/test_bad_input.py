@@ -10,7 +10,7 @@ import torch
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.tiny import Unusual, host_defense, tiny_subject, unusual_subject
-from deepenc.arena.duel import Measured, fight, measure
+from deepenc.arena.duel import Measured, measure, run_attack
 from deepenc.arena.threat import Threat
 from deepenc.errors import OutOfBudget
 from deepenc.plugins import build, names
@@ -61,12 +61,12 @@ def case_for(attack, encryption, **more):
 def judged(attack, case, encryption):
     """What the arena makes of it: no NaN in scores, a network that can be judged."""
     with isolated(7):
-        return measure(fight(attack, case, attack.name), case, encryption, attack.name, 32)
+        return measure(run_attack(attack, case, attack.name), case, encryption, attack.name, 32)
 
 
 def readable(measured):
     """Whether something was measured, and no network of NaNs."""
-    return measured != Measured() and (measured.accuracy is None or measured.accuracy.unreadable == 0)
+    return measured != Measured() and (measured.score is None or measured.score.unreadable == 0)
 
 
 @pytest.fixture(scope="module", params=get_args(Unusual))

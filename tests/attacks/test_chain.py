@@ -93,7 +93,7 @@ def test_scores_are_followed_by_removal(plant):
     assert planted.auc(claim.scores) == {"conv1": 1.0, "conv2": 1.0}
     (case,) = seen
     assert {site.name: site.width for site in case.sites} == {"conv1": 12, "conv2": 12}
-    assert case.configuration == {"conv1": 0, "conv2": 0} and case.known == {}
+    assert case.allocation == {"conv1": 0, "conv2": 0} and case.known == {}
     assert case.meter is planted.case.meter
 
 
@@ -108,7 +108,7 @@ def test_detection_removal_and_finetuning_solve_a_planted_case(plant):
 def test_two_detectors_remove_twice_and_the_first_scores_are_claimed(plant):
     planted = plant()
     claim = Chain(stages=[Told(), Told(conv1=(3,), conv2=(2,))], excess=2).attack(planted.case)
-    # First 6 of 15 and 4 of 14; then nothing of a configuration of 0.
+    # First 6 of 15 and 4 of 14; then nothing of a allocation of 0.
     assert claim.network.conv1.weight.shape[0] == 9 and claim.network.conv2.weight.shape[0] == 10
     assert claim.scores["conv1"].shape == (15,) and claim.scores["conv1"].argmax() == 9
 
@@ -122,9 +122,9 @@ def test_more_can_be_removed_than_was_inserted(plant, excess, widths):
 @pytest.mark.parametrize(("fraction", "widths"), [(0.2, (12, 11)), (0.001, (14, 13)), (0.99, (1, 1))])
 def test_without_the_configuration_a_share_is_removed(plant, fraction, widths):
     attack = Chain(stages=[Told(), Watch()], fraction=fraction)
-    claim = attack.attack(plant(configuration=False).case)
+    claim = attack.attack(plant(allocation=False).case)
     assert (claim.network.conv1.weight.shape[0], claim.network.conv2.weight.shape[0]) == widths
-    assert seen[0].configuration is None
+    assert seen[0].allocation is None
 
 
 def test_a_site_without_confusion_channels_is_left_alone(plant):
@@ -138,7 +138,7 @@ def test_networks_go_on_to_the_next_stage(plant):
     case = planted.case
     claim = Chain(stages=["recalibrate", Watch(), Finetune(steps=5), Told(), Watch()]).attack(case)
     assert same(seen[0].encrypted, Recalibrate().attack(plant(labelled=40, unlabelled=32).case).network)
-    assert seen[0].sites == case.sites and seen[0].configuration == case.configuration
+    assert seen[0].sites == case.sites and seen[0].allocation == case.allocation
     # Told after training: removed from the trained network.
     trained = Finetune(steps=5).attack(seen[0]).network
     assert same(claim.network, case.remove(KEY, trained))
@@ -149,7 +149,7 @@ def test_a_network_that_fits_no_site_is_not_pruned_any_more(plant):
     case = plant().case
     claim = Chain(stages=[Told(), Silent(), Told(), Watch()]).attack(case)
     assert isinstance(claim.network, nn.Sequential)
-    assert seen[0].sites == () and seen[0].configuration == {}
+    assert seen[0].sites == () and seen[0].allocation == {}
     planted = plant(known=KEY, key_fraction=1.0)
     claim = Chain(stages=[PartialKey(), Told(), Watch()]).attack(planted.case)
     assert same(claim.network, planted.original)

@@ -112,7 +112,7 @@ def encrypted(plant, trained, weights="samp", **how) -> tuple[Case, dict]:
         planted.case,
         encrypted=network.eval(),
         sites=key.layout().widened_sites(),
-        configuration=key.configuration,
+        allocation=key.allocation,
         defense=defense.spec(),
     )
     return case, dict(key.positions)
@@ -148,7 +148,7 @@ def test_other_secrets_are_not_found(plant, trained, how, tried):
 def test_seeds_are_not_tried_where_it_is_pointless(plant, trained):
     case, _ = encrypted(plant, trained, seed=3)
     for less in (
-        {"configuration": None},
+        {"allocation": None},
         {"defense": {"name": "planted"}},
         {"defense": Defense.of(None).spec()},
     ):

@@ -33,7 +33,7 @@ class Greedy(Attack):
 
     @property
     def needs(self):
-        return Needs(labelled=self.images, configuration=True)
+        return Needs(labelled=self.images, allocation=True)
 
     def attack(self, case):
         case.encrypted(torch.zeros(self.images, 1, 6, 6))
@@ -92,7 +92,7 @@ def test_what_a_member_raises_ends_the_whole(plant):
 
 def test_one_budget_and_all_needs(plant):
     attack = Ensemble(of=[Greedy(), Greedy(images=7), "norms"])
-    assert attack.needs == Needs(labelled=7, configuration=True)
+    assert attack.needs == Needs(labelled=7, allocation=True)
     case = plant(labelled=7).case
     attack.attack(case)
     assert case.meter.samples == 10

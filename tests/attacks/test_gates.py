@@ -48,7 +48,7 @@ def test_harm_is_found(plant):
 
 
 def test_hard_gates_without_a_configuration_remove_what_is_below_the_threshold(plant):
-    planted = plant(ruinous, labelled=100, configuration=False)
+    planted = plant(ruinous, labelled=100, allocation=False)
     claim = Gates(keep="hard", tie=0, steps=120, batch_size=100).attack(planted.case)
     assert planted.accuracy(claim.network) > 0.9
     assert claim.network.conv1.weight.shape[0] < 15 and claim.network.conv2.weight.shape[0] < 14
@@ -193,7 +193,7 @@ def test_attention_and_linear_sites_are_repaired():
     with torch.no_grad():
         before = float((case.encrypted(parts[2].inputs).argmax(1) == parts[2].labels).float().mean())
     measured = measure(Gates(tie=0.01).attack(case), case, encryption, "test", None)
-    assert measured.accuracy.rate > before + 0.5 * (1 - before)
+    assert measured.score.value > before + 0.5 * (1 - before)
 
 
 @pytest.mark.parametrize("attack", [Gates(steps=3), Gates(steps=3, freeze_norms=False, form="hard-concrete")])

@@ -67,7 +67,7 @@ def test_the_first_guess_is_that_of_another_attack(plant):
     planted = plant(labelled=8, trials=1)
     claim = HillClimb(objective="loss", start=Norms(), images=8).attack(planted.case)
     scores = Norms().attack(planted.case).scores
-    for name, count in planted.case.configuration.items():
+    for name, count in planted.case.allocation.items():
         order = scores[name].argsort(descending=True, stable=True)[:count]
         assert claim.scores[name].nonzero().flatten().tolist() == sorted(order.tolist())
 
@@ -100,11 +100,11 @@ def test_a_swap_is_undone_by_another():
 
 def test_needs_are_declared(plant):
     needs = HillClimb(images=5).needs
-    assert needs.trials == 1 and needs.configuration and needs.unlabelled == 5
+    assert needs.trials == 1 and needs.allocation and needs.unlabelled == 5
     assert HillClimb(objective="loss", images=5).needs.labelled == 5
     assert HillClimb().needs.missing(Threat(name="none", unlabelled=64)) == ["trials >= 1 (given 0)"]
-    with pytest.raises(ClaimError, match="configuration"):
-        HillClimb(images=4).attack(plant(unlabelled=4, trials=3, configuration=False).case)
+    with pytest.raises(ClaimError, match="allocation"):
+        HillClimb(images=4).attack(plant(unlabelled=4, trials=3, allocation=False).case)
 
 
 @pytest.mark.parametrize("objective", ["loss", "verifier"])

@@ -30,7 +30,7 @@ def test_the_key_of_typical_channels_is_found(plant):
 
 
 def test_without_a_configuration_the_masked_network_answers_as_the_model_does(plant):
-    planted = plant(ruinous, unlabelled=100, oracle=100, configuration=False)
+    planted = plant(ruinous, unlabelled=100, oracle=100, allocation=False)
     claim = OracleGates(images=100).attack(planted.case)
     assert np.mean(list(planted.auc(claim.scores).values())) >= 0.99
     assert planted.accuracy(planted.case.encrypted) < 0.6

@@ -105,7 +105,7 @@ def _narrowed(case):
 def test_the_case_handed_on_is_the_smaller_one(plant):
     case = plant(known=HALF).case
     handed = _narrowed(case)
-    assert handed.configuration == {"conv1": 1, "conv2": 1}
+    assert handed.allocation == {"conv1": 1, "conv2": 1}
     assert [site.width for site in handed.sites] == [13, 13]
     assert handed.known == {}
     linear = next(s for s in handed.sites[1].slots if s.role is Role.OUTGOING)
@@ -122,13 +122,13 @@ def test_a_network_of_the_other_attack_is_claimed(plant):
 
 
 def test_without_the_configuration_the_smaller_network_is_claimed(plant):
-    planted = plant(known=ALL, key_fraction=1.0, configuration=False)
+    planted = plant(known=ALL, key_fraction=1.0, allocation=False)
     assert same(PartialKey(then=Norms()).attack(planted.case).network, planted.original)
 
 
 def test_needs_are_joined(plant):
-    assert PartialKey().needs.key_fraction > 0 and not PartialKey().needs.configuration
-    assert PartialKey(rest="random").needs.configuration
+    assert PartialKey().needs.key_fraction > 0 and not PartialKey().needs.allocation
+    assert PartialKey(rest="random").needs.allocation
     assert PartialKey(then="recalibrate:images=9").needs.unlabelled == 9
     assert PartialKey().needs.missing(plant().case.threat)
 

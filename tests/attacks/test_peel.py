@@ -39,7 +39,7 @@ def test_harmful_channels_are_found_and_the_victim_comes_back(seed, images):
     claim = Peel(images=images).attack(case)
     measured = measure(claim, case, encryption, "peel", None)
     assert measured.detection.auc >= 0.99
-    assert measured.accuracy.rate > (0.9 if images == 64 else 0.8)
+    assert measured.score.value > (0.9 if images == 64 else 0.8)
     assert case.meter.samples == images + 2
 
 
@@ -112,16 +112,16 @@ def test_sites_without_a_batch_norm_are_not_scored(plant):
 
 def test_nothing_to_find_removes_nothing():
     case, _ = damaged()
-    case = type(case)(**{**vars(case), "configuration": {}})
+    case = type(case)(**{**vars(case), "allocation": {}})
     scores = Peel(images=8).attack(case).scores
     checked_scores(scores, case.sites, "peel")
     assert all(math.isfinite(float(s.sum())) for s in scores.values())
 
 
 def test_without_the_configuration_it_says_what_it_needs():
-    case, _ = damaged(configuration=False)
+    case, _ = damaged(allocation=False)
     assert Peel().needs.missing(case.threat)
-    with pytest.raises(ClaimError, match="configuration"):
+    with pytest.raises(ClaimError, match="allocation"):
         Peel(images=8).attack(case)
 
 

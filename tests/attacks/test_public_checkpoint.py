@@ -24,10 +24,10 @@ def tuned_from(network, size, seed=1):
     return made
 
 
-@pytest.mark.parametrize("configuration", [True, False])
+@pytest.mark.parametrize("allocation", [True, False])
 @pytest.mark.parametrize("size", [0.0, 0.2])
-def test_what_has_no_partner_is_the_key(plant, trained, configuration, size):
-    planted = plant(network=tuned_from(trained, size), public=trained, configuration=configuration)
+def test_what_has_no_partner_is_the_key(plant, trained, allocation, size):
+    planted = plant(network=tuned_from(trained, size), public=trained, allocation=allocation)
     scores = PublicCheckpoint().attack(planted.case).scores
     assert planted.auc(scores) == BOTH
     for name, inserted in planted.positions.items():

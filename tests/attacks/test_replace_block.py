@@ -55,7 +55,7 @@ def test_nothing_of_the_site_is_left_and_all_else_is(plant):
 
 
 def test_without_the_configuration_the_width_stays(plant):
-    planted = plant(positions=ONLY_FIRST, labelled=20, configuration=False)
+    planted = plant(positions=ONLY_FIRST, labelled=20, allocation=False)
     network, encrypted = frozen(planted.case).state_dict(), planted.case.encrypted.state_dict()
     assert all(network[name].shape == tensor.shape for name, tensor in encrypted.items())
     assert new(network["conv2.weight"], encrypted["conv2.weight"])

@@ -86,7 +86,7 @@ def smooth(plant):
             planted.case,
             encrypted=planted.case.meter.watch(encrypted.eval()),
             sites=key.layout().widened_sites(),
-            configuration=key.configuration,
+            allocation=key.allocation,
             defense=chosen.spec() if told is None else told,
             example=torch.zeros(1, 3, 8, 8),
         )

@@ -256,9 +256,9 @@ def test_outliers_sees_loud_noise(noisy, method):
 
 
 def test_mixture_needs_the_configuration(noisy):
-    assert Mixture().needs.configuration
-    with pytest.raises(ClaimError, match="configuration: true"):
-        Mixture().attack(noisy(configuration=False).case)
+    assert Mixture().needs.allocation
+    with pytest.raises(ClaimError, match="allocation: true"):
+        Mixture().attack(noisy(allocation=False).case)
 
 
 @pytest.mark.parametrize("attack", [a for a in ALL if a != BatchNormDefaults()], ids=label)

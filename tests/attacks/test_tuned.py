@@ -158,7 +158,7 @@ def test_a_detector_is_judged_by_what_is_left_after_removal(plant):
     assert planted.accuracy(planted.case.encrypted) < 0.8
     claim = Tuned(of=Sees(), space={"right": [False, True]}, trials=4).attack(planted.case)
     assert claim.scores["conv1"].argmax() == 4 and claim.network is None
-    blind = plant(harmful, positions={"conv1": (4,), "conv2": ()}, labelled=60, trials=4, configuration=False)
+    blind = plant(harmful, positions={"conv1": (4,), "conv2": ()}, labelled=60, trials=4, allocation=False)
     with pytest.raises(ClaimError, match="tune a chain"):
         Tuned(of=Sees(), space={"right": [False, True]}, trials=4).attack(blind.case)
 

@@ -147,7 +147,7 @@ def test_a_secret_is_not_used_for_two_releases(run: Run, tmp_path: Path) -> None
     assert checkpoints._secret(tmp_path / ".owner.key.partial", "correct horse", about) == first
     done(run(*ENCRYPT))
     key = load_key(tmp_path / "owner.key", "correct horse", sharded.sites_of("locked"))
-    assert key.positions != derive_positions(first, key.sites, key.configuration)
+    assert key.positions != derive_positions(first, key.sites, key.allocation)
     assert not (tmp_path / ".owner.key.partial").exists()
 
 

@@ -135,7 +135,7 @@ def test_rotation_gives_another_key_to_the_same_victim(run: Run, defense: str | 
     refused(run("decrypt", "net", "k2", "o", "--identity", "owner.pem"), "another network or key")
     documents = [json.loads(Path(folder, "deepenc.json").read_text()) for folder in ("net", "net2")]
     assert documents[0]["sites"] == documents[1]["sites"]
-    assert documents[0]["configuration"] == documents[1]["configuration"]
+    assert documents[0]["allocation"] == documents[1]["allocation"]
     assert documents[1]["defense"]["name"] == (defense or "paper-samp")
 
 
@@ -171,7 +171,7 @@ def test_rotation_imports_no_function_that_a_header_names(run: Run) -> None:
 
 def test_inspect_states_the_key_bits_of_every_site_and_in_total(run: Run) -> None:
     worked(run("encrypt", "toy-for-keys", "net", "--key", "k", "--recipient", "owner.pub.pem"))
-    counts = json.loads(Path("net/deepenc.json").read_text())["configuration"]
+    counts = json.loads(Path("net/deepenc.json").read_text())["allocation"]
     bits = {name: log2(comb(width + counts[name], counts[name])) for name, width in (("0", 40), ("2", 24))}
     for said in (
         worked(run("inspect", "net")),

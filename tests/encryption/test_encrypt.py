@@ -114,7 +114,7 @@ def test_decrypted_network_is_the_victim_bit_for_bit(net: Net) -> None:
     original = decrypt(encrypted, key)
     assert same(original, model)
     assert torch.equal(original(inputs), wanted)
-    assert key.configuration == {site.name: 3 for site in sites}
+    assert key.allocation == {site.name: 3 for site in sites}
 
 
 def test_confusion_channels_with_zero_weights_change_no_output(net: Net) -> None:
@@ -255,7 +255,7 @@ def test_allocations_that_cannot_be_meant(small: Net, counts, error, message) ->
 def test_allocation_in_numpy_integers_is_fine(small: Net) -> None:
     model, inputs, sites = small
     _, key = encrypt(model, inputs, defense({"0": np.int64(2)}), seed=0, sites=sites)
-    assert key.configuration == {"0": 2}
+    assert key.allocation == {"0": 2}
 
 
 def test_bad_arguments(small: Net) -> None:

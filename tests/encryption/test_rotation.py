@@ -27,7 +27,7 @@ def test_a_rotated_key_has_new_positions_and_the_old_one_opens_nothing(net: Net)
     model, inputs, sites = net
     encrypted, key = encrypt(model, inputs, DEFENSE, seed=0, sites=sites)
     again, fresh = reshelter(decrypt(encrypted, key), key, DEFENSE, example=inputs, rotate=True, seed=1)
-    assert fresh.configuration == key.configuration and fresh.positions != key.positions
+    assert fresh.allocation == key.allocation and fresh.positions != key.positions
     assert equal(decrypt(again, fresh), model)
     for network, other in ((again, key), (encrypted, fresh)):
         with pytest.raises(KeyFileError, match="another network or key"):

@@ -30,7 +30,7 @@ def records(rates: dict[float, int], attack: str = "tune", defense: str = "weak"
             repeat=0,
             protected=True,
             state="done",
-            accuracy={"correct": correct + key, "images": 100},
+            score={"value": (correct + key) / 100, "examples": 100},
         )
         for value, correct in rates.items()
         for key in (0, 1, 2)
@@ -49,7 +49,7 @@ def test_points_are_gathered_in_ascending_order():
         (0, 50, 500),
     )
     (line,) = chart.lines
-    assert [round(100 * s.accuracy.mean) for s in line.points.values()] == [11, 61, 81]
+    assert [round(100 * s.score.mean) for s in line.points.values()] == [11, 61, 81]
 
 
 def test_points_are_kept_out_of_the_matrix():

@@ -16,7 +16,7 @@ def record(attack: str, defense: str, value: int | None, correct: int, key: int 
     return Record(
         cell=f"{attack} {defense} {value} {key}", victim="tiny", defense=defense, attack=attack,
         threat=threat, key=key, repeat=0, protected=defense != "null", reference=reference,
-        state="done", accuracy={"correct": correct, "images": 100},
+        state="done", score={"value": (correct) / 100, "examples": 100},
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def record(attack: str, key: int, correct: int | None, **more: Any) -> Record:
         "repeat": 0,
         "protected": True,
         "state": "done",
-        "accuracy": None if correct is None else {"correct": correct, "images": 100},
+        "score": None if correct is None else {"value": (correct) / 100, "examples": 100},
         "cost": {"samples": 12_800, "steps": 0, "seconds": 1.25},
         "memory": 0.042,
         "key_bits": 55.0,
@@ -157,13 +157,13 @@ def test_csv_has_everything_and_leaves_the_rest_empty(tmp_path: Path) -> None:
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == len(RECORDS)
     guess = next(r for r in rows if r["attack"] == "guess" and r["key"] == "1")
-    assert (guess["accuracy_correct"], guess["detection_auc"], guess["cost_samples"]) == (
+    assert (guess["score_value"], guess["detection_auc"], guess["cost_samples"]) == (
         "80",
         "0.75",
         "12800",
     )
     broken = next(r for r in rows if r["attack"] == "broken")
-    assert broken["accuracy_correct"] == broken["detection_auc"] == broken["cost_seconds"] == ""
+    assert broken["score_value"] == broken["detection_auc"] == broken["cost_seconds"] == ""
     assert "\nTraceback\n" in broken["reason"]
 
 
@@ -209,8 +209,8 @@ def test_the_strongest_attack_is_named_with_its_advantage_and_cost() -> None:
 
 
 def test_top5_stands_beside_top1() -> None:
-    accuracy = {"correct": 20, "images": 100, "top5": 50}
-    counted = [record("guess", key, None, accuracy=accuracy) for key in (0, 1)]
+    score = {"value": 0.2, "examples": 100, "further": {"top-5": 0.5}}
+    counted = [record("guess", key, None, score=score) for key in (0, 1)]
     assert "| 20.0 [13.3, 28.9]; top-5 50.0 |" in markdown(counted)
 
 

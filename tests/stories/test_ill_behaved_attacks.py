@@ -130,8 +130,8 @@ def test_every_attack_has_a_record_of_its_own(tmp_path, workers, fails, passes):
         reason = found["host", how].reason
         assert FAILS[how] in reason.splitlines()[0], how
         assert len(reason) <= 20_000
-    as_it_is = found["host", "nothing"].accuracy
-    assert all(found["host", how].accuracy == as_it_is for how in passes)
+    as_it_is = found["host", "nothing"].score
+    assert all(found["host", how].score == as_it_is for how in passes)
     pids = mark.read_text().split()
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):

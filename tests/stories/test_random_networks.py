@@ -129,7 +129,7 @@ def check_round_trip(model: nn.Module, x: Tensor, sites: tuple[Site, ...], count
     defense = Defense(name="test", placement=Given(counts=counts), weights=Normal())
     encrypted, key = encrypt(model, x, defense, sites=sites, seed=0)
     for site in sites:
-        assert key.configuration[site.name] == counts[site.name]
+        assert key.allocation[site.name] == counts[site.name]
     outputs_of(encrypted, x)
     decrypted = decrypt(encrypted, key)
     for network in (model, decrypted):

@@ -17,8 +17,8 @@ from deepenc.arena.checks.base import Broken, Check, NothingPromised, differing,
 from deepenc.arena.checks.bounds import check_ends
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.checks.tiny import TinySource, Unusual, host_defense, tiny_subject, unusual_subject
-from deepenc.arena.duel import duel, fight, measure
-from deepenc.arena.plan import Cell, Entry, Task
+from deepenc.arena.duel import measure, run_attack, run_duel
+from deepenc.arena.plan import Cell, Duel, Entry
 from deepenc.arena.threat import Threat
 from deepenc.encryption.keys.key import Key
 from deepenc.errors import OutOfBudget
@@ -60,9 +60,7 @@ class Bench:
             "labelled": max(LABELLED, needs["labelled"]),
             "unlabelled": max(UNLABELLED, needs["unlabelled"]),
         }
-        self.threat = Threat(
-            name="generous", **needs | images | {"architecture": True, "configuration": True}
-        )
+        self.threat = Threat(name="generous", **needs | images | {"architecture": True, "allocation": True})
 
     @cached_property
     def encryption(self) -> Encryption:
@@ -77,7 +75,7 @@ class Bench:
     def claim(self, case: Case) -> Claim:
         """Attack, as the arena does."""
         with isolated(SEED):
-            return fight(self.attack, case, self.attack.name)
+            return run_attack(self.attack, case, self.attack.name)
 
     @cached_property
     def first(self) -> Claim:
@@ -86,7 +84,7 @@ class Bench:
         before = snapshot(case.encrypted) | _images(case)
         training = case.encrypted.training
         with isolated(SEED), watched() as self.disturbances:
-            claim = fight(self.attack, case, self.attack.name)
+            claim = run_attack(self.attack, case, self.attack.name)
         self.changed = differing(before, snapshot(case.encrypted) | _images(case))
         if case.encrypted.training != training:
             self.changed.append("training mode")
@@ -97,7 +95,7 @@ class Bench:
         """The claim's form is right: the measurement itself complains where it is not."""
         claim = self.first
         measured = measure(claim, self.case_of_first, self.encryption, self.attack.name, 64)
-        unreadable = 0 if measured.accuracy is None else measured.accuracy.unreadable
+        unreadable = 0 if measured.score is None else measured.score.unreadable
         if unreadable:
             raise Broken(f"the claimed network gives NaN for {unreadable} of 64 images")
 
@@ -140,13 +138,13 @@ class Bench:
         needs = self.attack.needs
         exact = Threat(name="exact", **needs.model_dump())
         self._expect(exact, {"done"})
-        if needs.missing(bare := Threat(name="bare", architecture=False, configuration=False)):
+        if needs.missing(bare := Threat(name="bare", architecture=False, allocation=False)):
             self._expect(bare, {"unsupported"})
 
     def _expect(self, threat: Threat, states: set[str]) -> None:
         cell = Cell(TinySource(), self.encryption.defense, Entry(attack=self.attack), threat, 0, 0)
-        task = Task(cell, "contract", bytes(32), SEED, SEED + 1, 64, "cpu")
-        record = duel(task, lambda: self.encryption)
+        duel = Duel(cell, "contract", bytes(32), SEED, SEED + 1, 64, "cpu")
+        record = run_duel(duel, lambda: self.encryption)
         if record.state not in states:
             raise Broken(
                 f"{(record.reason or '').partition(chr(10))[0][:300]}: so it ended as {record.state!r}, not "

@@ -79,7 +79,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of all tensors of a network's state dict."""
+    """Releases of all tensors of a network's state dict."""
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 

@@ -214,7 +214,7 @@ def _check_no_leak(defense: Defense) -> None:
         scores.append(measured.auc)
         inserted = sum(len(chosen) for chosen in encryption.key.positions.values())
         truth.append((inserted, sum(site.width for site in case.sites) - inserted))
-        suspects = most_suspect(array, encryption.key.configuration) if found.anything else {}
+        suspects = most_suspect(array, encryption.key.allocation) if found.anything else {}
         close(case.meter)
         with torch.no_grad():
             kept = case.encrypted(images.inputs).argmax(1) == images.labels

@@ -52,7 +52,7 @@ class PlantedWeights(Weights):
     name: ClassVar[str] = "planted-weights"
 
     weakness: Weakness
-    """Loud: constant weights of ten times the norm. Copies: weights that occur in the victim's tensor.
+    """Loud: constant weights of ten times the norm. Releases: weights that occur in the victim's tensor.
     Defaults: normalisation as a layer starts. Statistics: running statistics far from the truth. Noise:
     nothing else. Damage: large outgoing weights. Clones: nearly a real channel."""
 
@@ -79,7 +79,7 @@ class PlantedWeights(Weights):
         match self.weakness:
             case "loud":
                 return torch.full(gap.shape, 10 * scale, dtype=victim.dtype)
-            case "copies":
+            case "duplicates":
                 drawn = torch.from_numpy(rng.integers(victim.numel(), size=gap.shape))
                 return victim.flatten()[drawn]
             case "clones":

@@ -30,7 +30,7 @@ from deepenc.seeds import Roots
 from deepenc.victims.victim import VictimSource
 
 # Fields that are meant to speak of sites; everything else in a case is searched.
-_SPOKEN = {"sites", "configuration", "defense", "threat", "seed", "classes", "device"}
+_SPOKEN = {"sites", "allocation", "defense", "threat", "seed", "classes", "device"}
 _SMALL_SEEDS = range(4)
 FEW = 2**20
 """Keys below which some guesses come near the true one by chance."""
@@ -74,8 +74,8 @@ class Pry(Attack):
 
     @property
     def needs(self) -> Needs:
-        """The configuration, to know a list of positions when it sees one, and the architecture."""
-        return Needs(configuration=True, architecture=True)
+        """The allocation, to know a list of positions when it sees one, and the architecture."""
+        return Needs(allocation=True, architecture=True)
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
@@ -86,7 +86,7 @@ def pry(case: Case, victim: VictimSource | None = None) -> Findings:
     """Search a case.
 
     Args:
-        case: With configuration and architecture known.
+        case: With allocation and architecture known.
         victim: The victim that the attacker guesses; with one, he tries the small seeds of an experiment too.
     """
     found = Findings({site.name: torch.zeros(site.width, dtype=torch.float64) for site in case.sites})
@@ -114,7 +114,7 @@ def _search_objects(case: Case, found: Findings) -> None:
 
 def _rightful(case: Case) -> set[int]:
     """Identities of the tensors that belong to a case."""
-    networks = [case.encrypted, *(release.encrypted for release in case.copies)]
+    networks = [case.encrypted, *(release.encrypted for release in case.releases)]
     networks += [] if case.public is None else [case.public]
     tensors = [tensor for n in networks for tensor in (*n.parameters(), *n.buffers())]
     tensors += [case.labelled.inputs, case.labelled.labels, case.unlabelled, case.example]
@@ -165,11 +165,11 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 def _score_collection(case: Case, found: Findings, path: str, value: Any) -> bool:
     """Score a collection of numbers as positions, or as one value per channel."""
     numbers = _numbers(value)
-    if numbers is None or case.configuration is None:
+    if numbers is None or case.allocation is None:
         return False
     hit = False
     for site in _sites_meant(case, path):
-        count = case.configuration.get(site.name, 0)
+        count = case.allocation.get(site.name, 0)
         scores = found.scores[site.name]
         distinct = np.unique(numbers)
         whole = np.issubdtype(numbers.dtype, np.integer)
@@ -266,13 +266,13 @@ def _score_rows(case: Case, found: Findings, name: str, values: Tensor) -> None:
 
 def _try_seeds(case: Case, found: Findings) -> None:
     """Try secrets that follow from seeds: with the right one, the victim of the checks is always right."""
-    if not len(case.labelled) or not case.configuration or not any(case.configuration.values()):
+    if not len(case.labelled) or not case.allocation or not any(case.allocation.values()):
         return
     originals = _originals(case)
-    keys = math.prod(math.comb(s.width, case.configuration.get(s.name, 0)) for s in case.sites)
+    keys = math.prod(math.comb(s.width, case.allocation.get(s.name, 0)) for s in case.sites)
     if keys < FEW:
         return  # a guess at random would hit, or nearly
-    guesses = [derive_positions(s, originals, case.configuration) for s in _secrets(case.seed)]
+    guesses = [derive_positions(s, originals, case.allocation) for s in _secrets(case.seed)]
     rates = [_rate(case, guess) for guess in guesses]
     best = rates.index(max(rates))
     if rates[best] > 0.99 and rates.count(rates[best]) == 1:
@@ -297,15 +297,15 @@ def _try_experiments(case: Case, found: Findings, victim: VictimSource) -> None:
 
 
 def _score_secret(case: Case, found: Findings, secret: bytes) -> None:
-    assert case.configuration is not None
-    for name, chosen in derive_positions(secret, _originals(case), case.configuration).items():
+    assert case.allocation is not None
+    for name, chosen in derive_positions(secret, _originals(case), case.allocation).items():
         found.scores[name][list(chosen)] += 1
 
 
 def _originals(case: Case) -> tuple[Site, ...]:
     """The victim's sites, as widths alone tell them."""
-    assert case.configuration is not None
-    return narrow_sites(case.sites, {name: tuple(range(count)) for name, count in case.configuration.items()})
+    assert case.allocation is not None
+    return narrow_sites(case.sites, {name: tuple(range(count)) for name, count in case.allocation.items()})
 
 
 def _secrets(seed: int) -> Iterator[bytes]:

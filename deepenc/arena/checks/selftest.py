@@ -22,7 +22,7 @@ from deepenc.arena.checks.planted import (
     planted_subject,
     random_subject,
 )
-from deepenc.arena.duel import Measured, fight, measure
+from deepenc.arena.duel import Measured, measure, run_attack
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.seeds import isolated
@@ -63,30 +63,30 @@ def _threat(attack: Attack, **more: Any) -> Threat:
     needs = attack.needs.model_dump()
     images = {what: max(IMAGES, needs[what]) for what in ("labelled", "unlabelled")}
     budgets = {what: max(4 * IMAGES, needs[what]) for what in ("oracle",)}
-    return Threat(name="self-test", **{**needs, **images, **budgets, "configuration": True, **more})
+    return Threat(name="self-test", **{**needs, **images, **budgets, "allocation": True, **more})
 
 
 def _planted(attack: Attack, tell: Weakness) -> str | None:
     threat = _threat(attack)
     encryption = _encryption(tell, threat.labelled + threat.unlabelled)
     got, steps = _fought(attack, encryption, threat)
-    found, accuracy = got.detection, got.accuracy
+    found, score = got.detection, got.score
     before = _rate(encryption)
-    repaired = accuracy is not None and not got.removed and accuracy.rate - before >= REPAIRED * (1 - before)
+    repaired = score is not None and not got.removed and score.value - before >= REPAIRED * (1 - before)
     if repaired or (found is not None and found.auc >= SEEN):
         return _falling(attack, encryption, threat, got, steps)
     seen = f"AUC {found.auc:.2f}" if found is not None else ""
-    left = f"accuracy {accuracy.rate:.2f}" if accuracy is not None else ""
+    left = f"accuracy {score.value:.2f}" if score is not None else ""
     return f"on the planted weakness {tell!r} it got no further than {seen or left}"
 
 
 def _falling(attack: Attack, encryption: Encryption, threat: Threat, got: Measured, steps: int) -> str | None:
     """Whether an attack that takes steps does better with a few of them than with all."""
-    if not steps or got.accuracy is None:
+    if not steps or got.score is None:
         return None
     few = max(1, steps // 8)
     less, _ = _fought(attack, encryption, threat.model_copy(update={"steps": few}))
-    fall = (less.accuracy.rate if less.accuracy is not None else 0.0) - got.accuracy.rate
+    fall = (less.score.value if less.score is not None else 0.0) - got.score.value
     if fall <= FALL:
         return None
     return f"with {steps} steps it does worse than with {few}: accuracy falls by {fall:.2f}"
@@ -104,7 +104,7 @@ def _rate(encryption: Encryption) -> float:
 def _blind(attack: Attack) -> str | None:
     """On a network at random, with confusion channels and labels at random, nothing can be known."""
     needs = attack.needs
-    if needs.key_fraction or needs.public_checkpoint or needs.copies or needs.oracle:
+    if needs.key_fraction or needs.public_checkpoint or needs.releases or needs.oracle:
         return None  # these tell of the key, and are meant to
     threat = _threat(attack)
     encryption = _random_encryption(threat.labelled + threat.unlabelled)
@@ -118,7 +118,7 @@ def _fought(attack: Attack, encryption: Encryption, threat: Threat) -> tuple[Mea
     """What was measured, and the steps that the attack took."""
     with isolated(SEED):
         case = build_case(encryption, threat, SEED, SEED + 1, CPU)
-        claim = fight(attack, case, attack.name)
+        claim = run_attack(attack, case, attack.name)
         return measure(claim, case, encryption, attack.name, None), case.meter.steps
 
 

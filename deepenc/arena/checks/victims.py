@@ -28,13 +28,13 @@ def victim_checks(source: VictimSource) -> list[Check]:
 
     def better_than_chance() -> None:
         found, device = victim(), next(victim().model.parameters()).device
-        accuracy = judged(found.model, found, source.name, 1000, device)
+        score = judged(found.model, found, source.name, 1000, device)
         # Three deviations above what guessing gets.
         chance = 1 / found.classes
-        deviation = (chance * (1 - chance) / accuracy.images) ** 0.5
-        if accuracy.rate <= chance + 3 * deviation:
+        deviation = (chance * (1 - chance) / score.examples) ** 0.5
+        if score.value <= chance + 3 * deviation:
             raise Broken(
-                f"expected a network better than chance, got {accuracy.correct} of {accuracy.images} right "
+                f"expected a network better than chance, got {score.value:.3f} on {score.examples} examples "
                 f"with {found.classes} classes; are its weights loaded, its images prepared as in training?"
             )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepenc.arena.case import Attack
-from deepenc.arena.plan import Task
+from deepenc.arena.plan import Duel
 from deepenc.arena.provenance import code_version
 from deepenc.arena.record import Record
 from deepenc.arena.run.progress import Progress
@@ -25,14 +25,14 @@ LOOK = 2.0
 _faults: dict[str, str | None] = {}
 
 
-class Cells(Jobs[Task]):
+class Cells(Jobs[Duel]):
     """Deals out cells in groups that share an encryption, each group to one worker.
 
     When none is left to deal, it looks for those that other runs have taken: the cells of a run that is no
     more are taken over as soon as its lease has run out; those of a run that renews its lease are left to it.
 
     Args:
-        tasks: All cells of the plan.
+        duels: All cells of the plan.
         store: Takes the records.
         owner: Name of this run; it holds a lease.
         progress: Is told what goes on.
@@ -45,15 +45,15 @@ class Cells(Jobs[Task]):
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        duels: Sequence[Duel],
         store: Store,
         owner: str,
         progress: Progress,
         timeout: float | None = None,
     ) -> None:
-        self._tasks, self._store, self._owner, self._progress = tasks, store, owner, progress
+        self._duels, self._store, self._owner, self._progress = duels, store, owner, progress
         self._timeout = timeout
-        self._queues: dict[int, list[Task]] = {}
+        self._queues: dict[int, list[Duel]] = {}
         self._begun: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._looked, self._waiting = -math.inf, True
@@ -68,17 +68,17 @@ class Cells(Jobs[Task]):
         """How many workers may have something to do."""
         return len(self._groups)
 
-    def next(self, slot: int) -> Task | None:
+    def next(self, slot: int) -> Duel | None:
         """See `Jobs.next`."""
         queue = self._queues.setdefault(slot, [])
         while queue or self._groups:
             if not queue:
                 queue += self._groups.pop(0)
-            task = queue.pop(0)
-            if self._store.claim(task.identity, self._owner):
+            duel = queue.pop(0)
+            if self._store.claim(duel.identity, self._owner):
                 self._seen.clear()
-                self._progress.started(task.cell)
-                return task
+                self._progress.started(duel.cell)
+                return duel
         return None
 
     def left(self) -> bool:
@@ -99,34 +99,34 @@ class Cells(Jobs[Task]):
         waiting = any(self._seen.setdefault(owner, until) == until for owner, until in others.items())
         return bool(self._groups) or waiting
 
-    def _planned(self) -> list[list[Task]]:
+    def _planned(self) -> list[list[Duel]]:
         """The cells that nobody has taken, in groups that share an encryption, in the plan's order."""
         states = self._store.states()
-        groups: dict[bytes, list[Task]] = {}
-        for task in self._tasks:
-            if states.get(task.identity) == "planned":
-                groups.setdefault(task.secret, []).append(task)
+        groups: dict[bytes, list[Duel]] = {}
+        for duel in self._duels:
+            if states.get(duel.identity) == "planned":
+                groups.setdefault(duel.secret, []).append(duel)
         return list(groups.values())
 
-    def message(self, job: Task) -> Job:
+    def message(self, job: Duel) -> Job:
         """See `Jobs.message`."""
         self._begun.pop(job.identity, None)
         return Job(job, tested=_named(job.cell.entry.attack) in _faults)
 
-    def told(self, job: Task, note: Any) -> None:
+    def told(self, job: Duel, note: Any) -> None:
         """The clock of a cell starts with its attack, after the encryption; and again with a self-test."""
         self._begun[job.identity] = time.monotonic()
 
-    def deadline(self, job: Task) -> float | None:
+    def deadline(self, job: Duel) -> float | None:
         """See `Jobs.deadline`."""
         limit, begun = self._limit(job), self._begun.get(job.identity)
         return None if limit is None or begun is None else begun + limit
 
-    def _limit(self, task: Task) -> float | None:
-        limits = [limit for limit in (task.cell.threat.seconds, self._timeout) if limit is not None]
+    def _limit(self, duel: Duel) -> float | None:
+        limits = [limit for limit in (duel.cell.threat.seconds, self._timeout) if limit is not None]
         return min(limits, default=None)
 
-    def overdue(self, job: Task) -> None:
+    def overdue(self, job: Duel) -> None:
         """See `Jobs.overdue`."""
         limit, allowed = self._limit(job), job.cell.threat.seconds
         assert limit is not None
@@ -136,7 +136,7 @@ class Cells(Jobs[Task]):
             reason = f"{TIMEOUT}, {limit:g} s; give more time and try again with --retry-failed"
         self._store_record(job, job.record(state="out_of_budget", reason=reason))
 
-    def done(self, job: Task, result: Outcome) -> None:
+    def done(self, job: Duel, result: Outcome) -> None:
         """See `Jobs.done`."""
         self.encryptions += result.encryptions
         record = result.record
@@ -145,19 +145,19 @@ class Cells(Jobs[Task]):
             record = record.model_copy(update={"unreliable": fault})
         self._store_record(job, record)
 
-    def lost(self, job: Task, reason: str) -> None:
+    def lost(self, job: Duel, reason: str) -> None:
         """See `Jobs.lost`."""
         self._store_record(job, job.record(state="failed", reason=reason))
 
-    def _store_record(self, task: Task, record: Record) -> None:
-        self._begun.pop(task.identity, None)
+    def _store_record(self, duel: Duel, record: Record) -> None:
+        self._begun.pop(duel.identity, None)
         if self._store.finish(record, self._owner):
-            self._progress.finished(task.cell, record)
+            self._progress.finished(duel.cell, record)
             self.run += 1
 
-    def watch(self, running: Sequence[tuple[Task, float]]) -> None:
+    def watch(self, running: Sequence[tuple[Duel, float]]) -> None:
         """See `Jobs.watch`."""
-        self._progress.running([(task.cell, seconds) for task, seconds in running])
+        self._progress.running([(duel.cell, seconds) for duel, seconds in running])
 
 
 def _named(attack: Attack) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from deepenc.arena.plan import Experiment, Task, plan
+from deepenc.arena.plan import Duel, Experiment, plan
 from deepenc.arena.run import worker
 from deepenc.arena.run.cells import Cells
 from deepenc.arena.run.database import EXPECTED, is_url
@@ -134,12 +134,12 @@ def run(
     warm_up([worker.__name__])
     with Store(_target(database, folder)) as store:
         roots = roots or _roots(experiment, store)
-        tasks = _tasks(experiment, roots, worker.Workspace(cache), device)
-        store.sync(tasks, experiment.spec())
+        duels = _duels(experiment, roots, worker.Workspace(cache), device)
+        store.sync(duels, experiment.spec())
         if retry_failed:
             store.retry_failed()
         with Lease(store, lease) as held:
-            queue = Cells(tasks, store, held.owner, progress, timeout)
+            queue = Cells(duels, store, held.owner, progress, timeout)
             if queue.left():
                 with _pool(folder, cache, min(workers, queue.groups or 1)) as pool:
                     pool.run(queue)
@@ -207,9 +207,9 @@ def device_of(experiment: Experiment) -> str:
     return experiment.device
 
 
-def _tasks(experiment: Experiment, roots: Roots, workspace: worker.Workspace, device: str) -> list[Task]:
+def _duels(experiment: Experiment, roots: Roots, workspace: worker.Workspace, device: str) -> list[Duel]:
     return [
-        Task.of(cell, workspace.victim(cell.victim).fingerprint, roots, experiment.judge, device)
+        Duel.of(cell, workspace.victim(cell.victim).fingerprint, roots, experiment.judge, device)
         for cell in plan(experiment)
     ]
 

@@ -32,7 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from deepenc.arena.plan import Task
+from deepenc.arena.plan import Duel
 from deepenc.arena.record import Record, State
 from deepenc.arena.run.database import clock, explain, open_engine, shown
 from deepenc.errors import ConfigError, StoreError
@@ -162,7 +162,7 @@ class Store:
         with self._guard():
             return None if text is None else dict(json.loads(text))
 
-    def sync(self, tasks: Sequence[Task], experiment: dict[str, Any]) -> None:
+    def sync(self, duels: Sequence[Duel], experiment: dict[str, Any]) -> None:
         """Make the plan the current one: new cells are added, others keep their state and record.
 
         Cells that are no longer planned stay, out of the current plan.
@@ -172,9 +172,9 @@ class Store:
         with self._begin() as connection:
             _put(connection, "experiment", json.dumps(experiment, sort_keys=True))
             connection.execute(update(_cells).values(current=False))
-            if tasks:
-                _insert_new(connection, _cells, [_row(task, n) for n, task in enumerate(tasks)])
-                places = [{"cell": task.identity, "place": n} for n, task in enumerate(tasks)]
+            if duels:
+                _insert_new(connection, _cells, [_row(duel, n) for n, duel in enumerate(duels)])
+                places = [{"cell": duel.identity, "place": n} for n, duel in enumerate(duels)]
                 connection.execute(place, places)
 
     def renew(self, owner: str, seconds: float) -> None:
@@ -297,10 +297,10 @@ def _make_tables(engine: Engine) -> None:
         _tables.create_all(engine)
 
 
-def _row(task: Task, position: int) -> dict[str, Any]:
-    cell = task.cell
+def _row(duel: Duel, position: int) -> dict[str, Any]:
+    cell = duel.cell
     return {
-        "id": task.identity,
+        "id": duel.identity,
         "position": position,
         "current": True,
         "state": "planned",

@@ -10,8 +10,8 @@ from pathlib import Path
 from deepenc.arena.build import Encryption, Subject
 from deepenc.arena.case import Attack
 from deepenc.arena.checks.selftest import selftest
-from deepenc.arena.duel import duel
-from deepenc.arena.plan import Cell, Task
+from deepenc.arena.duel import run_duel
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.record import Record
 from deepenc.errors import DeepencError, explain
 from deepenc.processes.child import Handler, Tell, prepare
@@ -67,11 +67,11 @@ class Workspace:
             self.encryptions += 1
         return self._latest[1]
 
-    def run(self, task: Task, begun: Callable[[], object] = lambda: None, *, tested: bool = False) -> Record:
+    def run(self, duel: Duel, begun: Callable[[], object] = lambda: None, *, tested: bool = False) -> Record:
         """Run the duel of a cell.
 
         Args:
-            task: Which.
+            duel: Which.
             begun: Called when the time of the attack begins, and again when that of its self-test does.
             tested: Leave the self-test out.
 
@@ -80,16 +80,16 @@ class Workspace:
         """
 
         def encryption() -> Encryption:
-            made = self.encryption(task.cell, task.secret)
+            made = self.encryption(duel.cell, duel.secret)
             begun()
             return made
 
-        self.subject(task.cell.victim)
-        record = duel(task, encryption)
+        self.subject(duel.cell.victim)
+        record = run_duel(duel, encryption)
         if tested or record.state != "done":
             return record
         begun()
-        return record.model_copy(update={"unreliable": self._fault(task.cell.entry.attack)})
+        return record.model_copy(update={"unreliable": self._fault(duel.cell.entry.attack)})
 
     def _fault(self, attack: Attack) -> str | None:
         """Why an attack fails its self-test, made once; None where it passes."""
@@ -104,11 +104,11 @@ class Job:
     """What a worker is sent.
 
     Attributes:
-        task: The cell.
+        duel: The cell.
         tested: Whether it is known already how the attack does in its self-test.
     """
 
-    task: Task
+    duel: Duel
     tested: bool
 
 
@@ -145,11 +145,11 @@ class Setup:
         def handle(job: Job, tell: Tell) -> Outcome:
             before = workspace.encryptions
             try:
-                record = workspace.run(job.task, lambda: tell(None), tested=job.tested)
+                record = workspace.run(job.duel, lambda: tell(None), tested=job.tested)
             except DeepencError:  # of the victim: it concerns all its cells
                 raise
             except BaseException as error:  # a plugin may exit; no Ctrl-C reaches a worker
-                record = job.task.record(state="failed", reason=explain(error))
+                record = job.duel.record(state="failed", reason=explain(error))
             return Outcome(record, workspace.encryptions - before)
 
         return handle

@@ -36,7 +36,7 @@ class Checkpoint:
     Attributes:
         tensors: Its state dict; names that are tied share their tensor.
         sites: The victim's sites; `load_key` checks with them that this header is the one that was saved.
-        configuration: Confusion channels of every site.
+        allocation: Confusion channels of every site.
         fingerprint: Of the tensors; the key has the same.
         victim: Spec of the victim, where it was saved.
         factory: How the victim's structure is made, where it was saved.
@@ -46,7 +46,7 @@ class Checkpoint:
 
     tensors: Mapping[str, Tensor]
     sites: tuple[Site, ...]
-    configuration: Mapping[str, int]
+    allocation: Mapping[str, int]
     fingerprint: str
     victim: Mapping[str, Any] | None
     factory: Factory | None
@@ -63,7 +63,7 @@ class Checkpoint:
         return (
             f"Checkpoint({(self.victim or {}).get('name', 'unknown victim')} encrypted with "
             f"{self.defense.get('name', 'an unknown defense')}: {len(self.tensors)} tensors, "
-            f"{sum(self.configuration.values())} confusion channels at {len(self.sites)} sites, "
+            f"{sum(self.allocation.values())} confusion channels at {len(self.sites)} sites, "
             f"{self.fingerprint[:12]})"
         )
 
@@ -108,13 +108,13 @@ class Checkpoint:
         for names in shared(self.tensors):
             copies |= dict.fromkeys(names, self.tensors[names[0]].clone())
         try:
-            return replace_widened(structure, copies, Layout.appended(self.sites, self.configuration))
+            return replace_widened(structure, copies, Layout.appended(self.sites, self.allocation))
         except SiteError as error:
             raise CheckpointError(f"the header does not fit the network: {error}; {REMEDY}") from error
 
     def _check(self, structure: nn.Module) -> None:
         """Raise where a structure has other tensors, or other sizes, than the victim had."""
-        layout = Layout.appended(self.sites, self.configuration)
+        layout = Layout.appended(self.sites, self.allocation)
         known = names_in(layout, self.tensors)
         own = tensors_of(structure, self.sites)
         if different := sorted(set(own) ^ set(self.tensors)):
@@ -198,13 +198,13 @@ def write(
     """
     tensors = tensors_of(encrypted, key.sites)
     verify(tensors, key)
-    cost = memory(_narrowed_shapes(tensors, key.layout()), key.sites, key.configuration)
+    cost = memory(_narrowed_shapes(tensors, key.layout()), key.sites, key.allocation)
     header = Header(
         victim=None if victim is None else dict(victim),
         factory=None if factory is None else Factory.of(factory),
         defense=dict(defense),
         sites=key.sites,
-        configuration=key.configuration,
+        allocation=key.allocation,
         fingerprint=key.fingerprint,
         memory=cost.ratio,
     )

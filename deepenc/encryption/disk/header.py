@@ -52,7 +52,7 @@ class Header(BaseModel):
     factory: Factory | None = None
     defense: dict[str, Any]
     sites: tuple[Site, ...]
-    configuration: dict[str, int]
+    allocation: dict[str, int]
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     memory: float = Field(ge=0, allow_inf_nan=False)
     beside: dict[str, str] = {}
@@ -129,9 +129,9 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 def check_fit(header: Header, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise where the header, forged or of another network, speaks of what the tensors do not have."""
-    counts = header.configuration
+    counts = header.allocation
     if set(counts) != {site.name for site in header.sites} or len(counts) != len(header.sites):
-        raise CheckpointError(f"{folder / HEADER} lists sites and configuration that disagree; {REMEDY}")
+        raise CheckpointError(f"{folder / HEADER} lists sites and allocation that disagree; {REMEDY}")
     if sum(counts.values()) > MAX_CHANNELS or not all(site.slots for site in header.sites):
         raise CheckpointError(f"{folder / HEADER} has channels that no tensor has room for; {REMEDY}")
     for site in header.sites:
@@ -165,9 +165,9 @@ def first_fault(document: dict[str, Any], fields: set[str]) -> str | None:
     """
     if strangers := set(document) - fields:
         return f"unknown field {min(strangers)[:40]!r}"
-    sites, configuration = document.get("sites", []), document.get("configuration", {})
-    if not isinstance(configuration, dict) or not all(type(n) is int for n in configuration.values()):
-        return "the configuration does not map names to counts"
+    sites, allocation = document.get("sites", []), document.get("allocation", {})
+    if not isinstance(allocation, dict) or not all(type(n) is int for n in allocation.values()):
+        return "the allocation does not map names to counts"
     beside = document.get("beside", {})
     if not isinstance(beside, dict) or not all(type(mark) is str for mark in beside.values()):
         return "beside does not map names to fingerprints"

@@ -61,7 +61,7 @@ class Key:
 
     def __repr__(self) -> str:
         return (
-            f"Key({sum(self.configuration.values())} confusion channels at {len(self.positions)} of "
+            f"Key({sum(self.allocation.values())} confusion channels at {len(self.positions)} of "
             f"{len(self.sites)} sites, {self.entropy:.1f} bits, of the network {self.fingerprint[:12]})"
         )
 
@@ -74,7 +74,7 @@ class Key:
     def from_ranks(
         cls,
         sites: Sequence[Site],
-        configuration: Mapping[str, int],
+        allocation: Mapping[str, int],
         ranks: Mapping[str, int],
         fingerprint: str,
     ) -> Self:
@@ -82,7 +82,7 @@ class Key:
 
         Args:
             sites: The victim's sites.
-            configuration: Confusion channels per site; sites not named have none.
+            allocation: Confusion channels per site; sites not named have none.
             ranks: A rank for each site that has confusion channels.
             fingerprint: Of the encrypted tensors.
 
@@ -91,7 +91,7 @@ class Key:
             ConfigError: A number that is no rank, or one that is missing.
         """
         widths = {site.name: site.width for site in sites}
-        counts = {name: count for name, count in configuration.items() if count}
+        counts = {name: count for name, count in allocation.items() if count}
         if set(counts) != set(ranks):
             raise ConfigError(f"expected ranks of the sites {sorted(counts)}, got {sorted(ranks)}")
         if wrong := sorted(name for name, count in counts.items() if name not in widths or count < 0):
@@ -132,7 +132,7 @@ class Key:
         return load(self.withheld) if self.withheld else {}
 
     @property
-    def configuration(self) -> dict[str, int]:
+    def allocation(self) -> dict[str, int]:
         """Confusion channels of every site, the paper's ΔC; 0 where there are none."""
         return {site.name: len(self.positions.get(site.name, ())) for site in self.sites}
 
@@ -141,12 +141,12 @@ class Key:
         """Entropy of every site's positions: ``log2 comb(C + ΔC, ΔC)``."""
         return {
             site.name: log2(comb(site.width + count, count))
-            for site, count in zip(self.sites, self.configuration.values(), strict=True)
+            for site, count in zip(self.sites, self.allocation.values(), strict=True)
         }
 
     @property
     def entropy(self) -> float:
-        """Entropy of the whole key in bits, given the configuration."""
+        """Entropy of the whole key in bits, given the allocation."""
         return sum(self.bits.values())
 
     def ranks(self) -> dict[str, int]:

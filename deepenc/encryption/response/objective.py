@@ -1,4 +1,4 @@
-"""Equation 1: what a configuration does to the outputs, what it costs in memory, and the gain."""
+"""Equation 1: what a allocation does to the outputs, what it costs in memory, and the gain."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.pry import Pry, pry
 from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
 from deepenc.arena.metrics import checked_scores, detection
-from deepenc.arena.plan import Cell, Entry, Task
+from deepenc.arena.plan import Cell, Duel, Entry
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.seeds import Roots
@@ -148,9 +148,9 @@ def test_secrets_that_follow_from_a_seed(secret):
 def duel_of(seed):
     """A case as a run with `seed:` in its configuration makes it, and its encryption."""
     cell = Cell(TinySource(), host_defense(), Entry(attack=Pry()), THREAT, 1, 0)
-    task = Task.of(cell, "fingerprint", Roots.of_seed(seed), None, "cpu")
-    encryption = Encryption.of(tiny_subject(), host_defense(), task.secret)
-    return encryption, build_case(encryption, THREAT, task.seed, task.leak_seed, torch.device("cpu"))
+    duel = Duel.of(cell, "fingerprint", Roots.of_seed(seed), None, "cpu")
+    encryption = Encryption.of(tiny_subject(), host_defense(), duel.secret)
+    return encryption, build_case(encryption, THREAT, duel.seed, duel.leak_seed, torch.device("cpu"))
 
 
 def test_the_seed_of_an_attacker_does_not_tell_that_of_the_experiment(monkeypatch):

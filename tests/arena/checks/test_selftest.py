@@ -95,7 +95,7 @@ def test_built_in_attacks_keep_their_promise(name):
 
 
 @pytest.mark.parametrize(
-    "weakness", ["loud", "copies", "defaults", "statistics", "noise", "damage", "clones"]
+    "weakness", ["loud", "duplicates", "defaults", "statistics", "noise", "damage", "clones"]
 )
 def test_planted_channels_can_be_taken_out(weakness):
     encryption = _encryption(weakness, 64)

@@ -6,23 +6,23 @@ import time
 import pytest
 
 from deepenc.arena.checks.tiny import TinySource, host_defense
-from deepenc.arena.plan import Cell, Entry, Task
+from deepenc.arena.plan import Cell, Duel, Entry
 from deepenc.arena.run.leases import Lease
 from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat
 from deepenc.seeds import Roots
 
 
-def tasks(count):
+def duels(count):
     entry, threat = Entry.model_validate("null"), Threat(name="t")
     cells = [Cell(TinySource(), host_defense(), entry, threat, key, 0) for key in range(count)]
-    return [Task.of(cell, "victim", Roots.of(bytes(32)), None, "cpu") for cell in cells]
+    return [Duel.of(cell, "victim", Roots.of(bytes(32)), None, "cpu") for cell in cells]
 
 
 @pytest.fixture
 def store(tmp_path):
     with Store(tmp_path / "run.sqlite") as store:
-        store.sync(tasks(2), {})
+        store.sync(duels(2), {})
         yield store
 
 
@@ -33,7 +33,7 @@ def until(store, owner, moment):
 
 
 def test_a_lease_that_has_run_out_is_taken_over_and_the_late_result_refused(store):
-    first, second = tasks(2)
+    first, second = duels(2)
     store.renew("old", 0.3)
     store.renew("new", 60)
     store.claim(first.identity, "old")
@@ -48,16 +48,16 @@ def test_a_lease_that_has_run_out_is_taken_over_and_the_late_result_refused(stor
 
 
 def test_a_result_is_welcome_while_nobody_has_taken_over(store):
-    task = tasks(1)[0]
+    duel = duels(1)[0]
     store.renew("slow", 0.01)
-    store.claim(task.identity, "slow")
+    store.claim(duel.identity, "slow")
     time.sleep(0.1)
-    assert store.finish(task.record(state="done"), "slow")
+    assert store.finish(duel.record(state="done"), "slow")
 
 
 def test_a_run_does_not_take_its_own_cells_for_lost(store):
-    task = tasks(1)[0]
-    store.claim(task.identity, "mine")
+    duel = duels(1)[0]
+    store.claim(duel.identity, "mine")
     store.renew("mine", 0.01)
     time.sleep(0.1)
     assert store.recover("mine") == 0
@@ -66,7 +66,7 @@ def test_a_run_does_not_take_its_own_cells_for_lost(store):
 
 def test_a_lease_is_renewed_while_it_is_held(store):
     with Lease(store, 0.6) as lease:
-        store.claim(tasks(1)[0].identity, lease.owner)
+        store.claim(duels(1)[0].identity, lease.owner)
         began = store.others("")[lease.owner]
         time.sleep(1.5)
         assert store.recover("another") == 0
@@ -75,9 +75,9 @@ def test_a_lease_is_renewed_while_it_is_held(store):
 
 
 def test_a_lease_from_a_clock_that_was_years_ahead_does_not_hold(store):
-    task = tasks(1)[0]
+    duel = duels(1)[0]
     store.renew("future", 45)
-    store.claim(task.identity, "future")
+    store.claim(duel.identity, "future")
     until(store, "future", time.time() + 11 * 365 * 86400)
     assert store.recover("another") == 1
 

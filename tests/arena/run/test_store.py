@@ -7,55 +7,55 @@ import stat
 import pytest
 
 from deepenc.arena.checks.tiny import TinySource, host_defense
-from deepenc.arena.plan import Cell, Entry, Task
-from deepenc.arena.record import Accuracy, Record
+from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.record import Record, Score
 from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat
 from deepenc.errors import StoreError
 from deepenc.seeds import Roots
 
 
-def tasks(count):
+def duels(count):
     entry, threat = Entry.model_validate("null"), Threat(name="t")
     cells = [Cell(TinySource(), host_defense(), entry, threat, key, 0) for key in range(count)]
-    return [Task.of(cell, "victim", Roots.of(bytes(32)), None, "cpu") for cell in cells]
+    return [Duel.of(cell, "victim", Roots.of(bytes(32)), None, "cpu") for cell in cells]
 
 
 @pytest.fixture
 def store(tmp_path):
     with Store(tmp_path / "run.sqlite") as store:
-        store.sync(tasks(3), {"name": "x"})
+        store.sync(duels(3), {"name": "x"})
         yield store
 
 
-def done(task):
-    return task.record(state="done")
+def done(duel):
+    return duel.record(state="done")
 
 
 def test_a_cell_is_claimed_once(store):
-    identity = tasks(1)[0].identity
+    identity = duels(1)[0].identity
     assert store.claim(identity, "a")
     assert not store.claim(identity, "b")
     assert store.states()[identity] == "running"
 
 
 def test_only_its_owner_finishes_a_cell_and_only_once(store):
-    task = tasks(1)[0]
-    store.claim(task.identity, "a")
-    assert not store.finish(done(task), "b")
-    assert store.finish(done(task), "a")
-    assert not store.finish(done(task), "a")
-    assert store.records() == [done(task)]
-    assert not store.claim(task.identity, "a")
+    duel = duels(1)[0]
+    store.claim(duel.identity, "a")
+    assert not store.finish(done(duel), "b")
+    assert store.finish(done(duel), "a")
+    assert not store.finish(done(duel), "a")
+    assert store.records() == [done(duel)]
+    assert not store.claim(duel.identity, "a")
 
 
 def test_a_new_plan_keeps_what_matches(store):
-    first, second, third = tasks(3)
+    first, second, third = duels(3)
     store.claim(first.identity, "a")
     store.finish(done(first), "a")
     store.claim(third.identity, "a")
     store.finish(done(third), "a")
-    store.sync([*tasks(5)[3:], first], {"name": "y"})
+    store.sync([*duels(5)[3:], first], {"name": "y"})
     assert list(store.states().values()) == ["planned", "planned", "done"]
     assert [r.cell for r in store.records()] == [first.identity]
     store.sync([first, second, third], {"name": "x"})
@@ -64,12 +64,12 @@ def test_a_new_plan_keeps_what_matches(store):
 
 
 def test_failed_cells_are_planned_again_on_demand(store):
-    task = tasks(1)[0]
-    store.claim(task.identity, "a")
-    store.finish(task.record(state="failed", reason="x"), "a")
+    duel = duels(1)[0]
+    store.claim(duel.identity, "a")
+    store.finish(duel.record(state="failed", reason="x"), "a")
     assert store.retry_failed() == 1
     assert store.records() == []
-    assert store.claim(task.identity, "a")
+    assert store.claim(duel.identity, "a")
 
 
 def test_a_newer_database(tmp_path):
@@ -120,15 +120,15 @@ def test_an_unwritable_folder(tmp_path):
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     path = tmp_path / "run.sqlite"
     with Store(path) as store:
-        store.sync(tasks(1), {})
-        task = tasks(1)[0]
-        store.claim(task.identity, "a")
+        store.sync(duels(1), {})
+        duel = duels(1)[0]
+        store.claim(duel.identity, "a")
         with store._engine.connect() as connection:
             pages = connection.exec_driver_sql("pragma page_count").scalar()
             connection.exec_driver_sql(f"pragma max_page_count={pages}")
             connection.rollback()
         with pytest.raises(StoreError, match="disk is full"):
-            store.finish(task.record(state="failed", reason="x" * 100_000), "a")
+            store.finish(duel.record(state="failed", reason="x" * 100_000), "a")
         assert list(store.states().values()) == ["running"]
 
 
@@ -153,7 +153,7 @@ def test_the_root_of_all_keys_is_for_its_owner_only(tmp_path):
     assert stat.S_IMODE((tmp_path / "run.sqlite").stat().st_mode) == 0o600
     with Store(tmp_path / "run.sqlite") as store:
         assert store.roots() == roots
-    assert repr(tasks(1)[0].secret) not in repr(tasks(1)[0])
+    assert repr(duels(1)[0].secret) not in repr(duels(1)[0])
 
 
 DAMAGES = {
@@ -168,21 +168,21 @@ DAMAGES = {
     "another state's record": "update cells set state = 'failed' where position = 0",
     "a record that is a blob": "update cells set record = x'ff00' where position = 0",
     "a record that is a number": "update cells set record = 7 where position = 0",
-    "more right than judged": "update cells set record = replace(record, '\"correct\":3', '\"correct\":9')",
-    "a huge number": "update cells set record = replace(record, '\"images\":5', '\"images\":1' || :zeros)",
+    "better than all right": "update cells set record = replace(record, '\"value\":0.6', '\"value\":1.6')",
+    "a huge number": "update cells set record = replace(record, '\"examples\":5', '\"examples\":1' || :zeros)",
     "text that is not UTF-8": "update cells set state = cast(x'ff' as text) where position = 0",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_database_is_told(tmp_path, damage):
-    path, task = tmp_path / "run.sqlite", tasks(1)[0]
+    path, duel = tmp_path / "run.sqlite", duels(1)[0]
     with Store(path) as store:
         store.roots()
-        store.sync([task], {"name": "x"})
-        store.claim(task.identity, "a")
-        accuracy = Accuracy(correct=3, images=5)
-        store.finish(task.record(state="done", accuracy=accuracy), "a")
+        store.sync([duel], {"name": "x"})
+        store.claim(duel.identity, "a")
+        accuracy = Score(value=0.6, examples=5)
+        store.finish(duel.record(state="done", score=accuracy), "a")
     with sqlite3.connect(path) as connection:
         assert connection.execute(DAMAGES[damage], {"zeros": "0" * 999}).rowcount == 1
     connection.close()
@@ -205,9 +205,9 @@ def test_a_name_that_no_database_takes(store):
 
 
 def test_a_record_of_another_version(store, tmp_path):
-    task = tasks(1)[0]
-    store.claim(task.identity, "a")
-    store.finish(done(task), "a")
+    duel = duels(1)[0]
+    store.claim(duel.identity, "a")
+    store.finish(done(duel), "a")
     with sqlite3.connect(tmp_path / "run.sqlite") as connection:
         connection.execute("update cells set record = json_set(record, '$.version', 9)")
     connection.close()
@@ -216,18 +216,18 @@ def test_a_record_of_another_version(store, tmp_path):
 
 
 def test_records_come_back_equal(store):
-    task = tasks(1)[0]
-    store.claim(task.identity, "a")
-    record = task.record(state="done", memory=0.1 + 0.2, key_bits=1e-17)
+    duel = duels(1)[0]
+    store.claim(duel.identity, "a")
+    record = duel.record(state="done", memory=0.1 + 0.2, key_bits=1e-17)
     store.finish(record, "a")
     assert store.records() == [record]
     assert isinstance(store.records()[0], Record)
 
 
 def test_a_reason_of_any_kind_is_stored(store):
-    task = tasks(1)[0]
-    store.claim(task.identity, "a")
-    record = task.record(state="failed", reason="cannot read \udcff\0" + "x" * 10**6)
+    duel = duels(1)[0]
+    store.claim(duel.identity, "a")
+    record = duel.record(state="failed", reason="cannot read \udcff\0" + "x" * 10**6)
     assert store.finish(record, "a")
     assert store.records() == [record]
     assert record.reason.startswith("cannot read \\udcff\\x00") and len(record.reason) <= 20_000

@@ -187,6 +187,6 @@ def test_registered_weights_encrypt_and_come_off_again(planted: Net, name: str) 
     defense = Defense(name="t", placement="proportional:proportion=0.2", weights=name)
     assert build("weights", defense.weights.spec()) == defense.weights
     encrypted, key = encrypt(net, inputs, defense, seed=0, sites=sites)
-    assert key.configuration == {"0": 4, "3": 8}
+    assert key.allocation == {"0": 4, "3": 8}
     state = net.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in decrypt(encrypted, key).state_dict().items())

@@ -210,17 +210,17 @@ def sites(folder: Path, rng: random.Random) -> None:
     huge = rng.choice([10**9, 2**40, 2**63 - 1, 10**30])
     how = rng.randrange(11)
     if how == 0:
-        document["configuration"][site["name"]] = huge
+        document["allocation"][site["name"]] = huge
     elif how == 1:
         site["width"], site["slots"] = huge, []
-        document["configuration"][site["name"]] = huge
+        document["allocation"][site["name"]] = huge
     elif how == 2:
         slot[rng.choice(["start", "block", "dim"])] = rng.choice([huge, -1, 0, 2, -huge])
     elif how == 3:
         slot["start"], slot["block"] = -huge, huge
     elif how == 4:
         document["sites"] = [site | {"name": f"s{n}"} for n in range(300)]
-        document["configuration"] = {f"s{n}": 0 for n in range(300)}
+        document["allocation"] = {f"s{n}": 0 for n in range(300)}
     elif how == 5:
         site["slots"] = [slot | {"start": n} for n in range(300)]
     elif how == 6:
@@ -241,7 +241,7 @@ def sites(folder: Path, rng: random.Random) -> None:
         site["settings"] = [setting | {"step": rng.choice([0, 1, huge])}]
     elif how == 8:
         site["width"] -= 1
-        document["configuration"][site["name"]] += 1
+        document["allocation"][site["name"]] += 1
     elif how == 9:  # room in a tensor that takes no bytes
         path = folder / "model.safetensors"
         (size,) = struct.unpack("<Q", path.read_bytes()[:8])
@@ -251,7 +251,7 @@ def sites(folder: Path, rng: random.Random) -> None:
         path.write_bytes(struct.pack("<Q", len(text)) + text + body)
         count = rng.choice([2**22, 2**30, 2**44])
         site["width"], site["slots"] = 1, [slot | {"tensor": "empty", "dim": 0, "start": 0, "block": 1}]
-        document["configuration"][site["name"]] = count
+        document["allocation"][site["name"]] = count
         document["fingerprint"] = fingerprint(checkpoint._read(path))
     else:
         slot["tensor"] = rng.choice(["../../x", "", "no", site["slots"][0]["tensor"]])
@@ -273,7 +273,7 @@ def flood(folder: Path, rng: random.Random) -> None:
     elif how == 1:
         document["sites"][0][rng.choice(["slots", "settings"])] = many
     elif how == 2:
-        document["configuration"] = {str(n): "x" for n in range(20_000)}
+        document["allocation"] = {str(n): "x" for n in range(20_000)}
     elif how == 3:
         document["buffers"] = many
     else:

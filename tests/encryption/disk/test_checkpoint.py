@@ -44,7 +44,7 @@ def test_the_whole_road_over_the_disk(net: Net, tmp_path: Path) -> None:
 
     read = load(tmp_path / "net")
     assert same(dict(read.tensors), encrypted.state_dict())
-    assert (read.sites, read.configuration) == (sites, key.configuration)
+    assert (read.sites, read.allocation) == (sites, key.allocation)
     assert (read.fingerprint, read.victim, read.defense) == (key.fingerprint, None, DEFENSE.spec())
     blank = copy.deepcopy(model)
     for tensor in blank.state_dict().values():
@@ -72,7 +72,7 @@ def test_networks_made_from_a_checkpoint_do_not_share_tensors(saved: Path, small
 def test_the_folder_does_not_hold_the_positions(saved: Path, small: Net) -> None:
     document = json.loads((saved / "deepenc.json").read_text())
     assert set(document) == {
-        *("format", "version", "victim", "factory", "defense", "sites", "configuration"),
+        *("format", "version", "victim", "factory", "defense", "sites", "allocation"),
         *("fingerprint", "memory", "beside", "seal", "digest"),
     }
     model, inputs, sites = small
@@ -126,11 +126,11 @@ def test_forged_headers(saved: Path) -> None:
     slot = site["slots"][0]
     backup = (saved / "deepenc.json").read_bytes()
     for changes in (
-        {"configuration": {"0": 10**15}},
-        {"configuration": {"0": -1}},
-        {"configuration": {"0": 3}},
-        {"configuration": {}},
-        {"configuration": {"0": 2, "1": 0}},
+        {"allocation": {"0": 10**15}},
+        {"allocation": {"0": -1}},
+        {"allocation": {"0": 3}},
+        {"allocation": {}},
+        {"allocation": {"0": 2, "1": 0}},
         {"sites": [site, site]},
         {"sites": [site | {"width": 10**15}]},
         {"sites": [site | {"width": 0}]},

@@ -25,7 +25,7 @@ KEY = Key(SITES, {"a": (0, 5), "b": (1,)}, "f" * 64)
 
 
 def test_entropy_and_configuration_by_hand() -> None:
-    assert KEY.configuration == {"a": 2, "b": 1, "c": 0}
+    assert KEY.allocation == {"a": 2, "b": 1, "c": 0}
     assert KEY.bits == {"a": log2(15), "b": 2.0, "c": 0.0}
     assert KEY.entropy == pytest.approx(5.906890595608519)
 
@@ -39,7 +39,7 @@ def test_entropy_of_sites_whose_combinations_exceed_any_float() -> None:
 def test_ranks_are_integers_and_make_the_same_key() -> None:
     # In colexicographic order: (0, 5) comes after the comb(5, 2) pairs below 5; (1,) is the second of four.
     assert KEY.ranks() == {"a": 10, "b": 1}
-    assert Key.from_ranks(SITES, KEY.configuration, KEY.ranks(), KEY.fingerprint) == KEY
+    assert Key.from_ranks(SITES, KEY.allocation, KEY.ranks(), KEY.fingerprint) == KEY
 
 
 def test_positions_stay_out_of_the_repr_and_a_key_can_travel_to_a_worker() -> None:
@@ -48,7 +48,7 @@ def test_positions_stay_out_of_the_repr_and_a_key_can_travel_to_a_worker() -> No
 
 
 @pytest.mark.parametrize(
-    ("configuration", "ranks", "error"),
+    ("allocation", "ranks", "error"),
     [
         ({"a": 2}, {"a": 15}, ConfigError),
         ({"a": 2}, {"a": -1}, ConfigError),
@@ -58,9 +58,9 @@ def test_positions_stay_out_of_the_repr_and_a_key_can_travel_to_a_worker() -> No
         ({"a": -2}, {"a": 0}, SiteError),
     ],
 )
-def test_integers_that_make_no_key_are_refused(configuration, ranks, error) -> None:
+def test_integers_that_make_no_key_are_refused(allocation, ranks, error) -> None:
     with pytest.raises(error):
-        Key.from_ranks(SITES, configuration, ranks, "")
+        Key.from_ranks(SITES, allocation, ranks, "")
 
 
 @pytest.mark.parametrize(

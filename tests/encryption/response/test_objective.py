@@ -24,12 +24,12 @@ def test_memory_is_what_the_two_networks_really_take(net: Net) -> None:
     model, inputs, sites = net
     defense = {"base": "paper-init", "name": "t", "placement": "absolute:count=3"}
     encrypted, key = encrypt(model, inputs, defense, seed=0, sites=sites)
-    cost = memory(model.state_dict(), sites, key.configuration)
+    cost = memory(model.state_dict(), sites, key.allocation)
     assert cost == Memory(bits(model), bits(encrypted) - bits(model))
     state = model.state_dict()
     meta = {tensor.data_ptr(): torch.empty_like(tensor, device="meta") for tensor in state.values()}
     shapes = {name: meta[tensor.data_ptr()] for name, tensor in state.items()}
-    assert memory(shapes, sites, key.configuration) == cost
+    assert memory(shapes, sites, key.allocation) == cost
 
 
 def test_memory_where_two_sites_meet_by_hand(two_sites: Net) -> None:

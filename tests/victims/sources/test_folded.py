@@ -18,7 +18,7 @@ from attacks.recalibrate import Recalibrate
 from deepenc.arena.build import Encryption, Subject, build_case
 from deepenc.arena.checks.planted import planted_defense
 from deepenc.arena.checks.tiny import TinySource
-from deepenc.arena.duel import fight, judged, measure
+from deepenc.arena.duel import judged, measure, run_attack
 from deepenc.arena.threat import Threat
 from deepenc.config import load
 from deepenc.encryption.defense import Defense
@@ -150,17 +150,17 @@ def test_who_trains_from_scratch_has_batchnorm_and_none_of_the_victims_numbers(t
 def test_attacks_on_statistics_find_none(tiny, weakness):
     for attack in (Recalibrate(), Peel(), BatchnormMismatch(images=64)):
         case, encryption = case_of(tiny, planted_defense(weakness), unlabelled=64)
-        found = measure(fight(attack, case, attack.name), case, encryption, attack.name, None)
+        found = measure(run_attack(attack, case, attack.name), case, encryption, attack.name, None)
         if found.detection is not None:
             assert found.detection.auc == 0.5
         else:
             assert case.meter.samples == 0
-            assert found.accuracy == judged(case.encrypted, tiny, "encrypted", None, CPU)
+            assert found.score == judged(case.encrypted, tiny, "encrypted", None, CPU)
 
 
 def test_biases_alone_tell_nothing_where_they_are_like_the_victims(tiny):
     case, encryption = case_of(tiny, "paper-samp")
-    found = measure(fight(BatchNormDefaults(), case, "x"), case, encryption, "x", None)
+    found = measure(run_attack(BatchNormDefaults(), case, "x"), case, encryption, "x", None)
     # 5 confusion channels among 96 real ones, ranked at random: a deviation of 0.14.
     assert 0.2 < found.detection.auc < 0.8
 
@@ -168,5 +168,5 @@ def test_biases_alone_tell_nothing_where_they_are_like_the_victims(tiny):
 def test_biases_are_still_read_where_nobody_trained_them(tiny):
     case, encryption = case_of(tiny, planted_defense("defaults"))
     attack = BatchNormDefaults()
-    found = measure(fight(attack, case, attack.name), case, encryption, attack.name, None)
+    found = measure(run_attack(attack, case, attack.name), case, encryption, attack.name, None)
     assert found.detection.auc == 1

@@ -113,13 +113,11 @@ def encrypt_checkpoint(
         factory=factory,
         defense=chosen.spec(),
         sites=usable,
-        configuration={site.name: len(layout.positions[site.name]) for site in usable},
+        allocation={site.name: len(layout.positions[site.name]) for site in usable},
         fingerprint="0" * 64,
         memory=memory(metas, usable, allocation).ratio,
     )
-    check_fit(
-        header.model_copy(update={"configuration": dict.fromkeys(header.configuration, 0)}), metas, source
-    )
+    check_fit(header.model_copy(update={"allocation": dict.fromkeys(header.allocation, 0)}), metas, source)
     about = [*_state(shards), header.model_dump(mode="json"), str(source.resolve())]
     run = hmac.new(root, json.dumps(about, sort_keys=True).encode(), hashlib.sha256).hexdigest()
     with _disk(target), Partial(target, run, replace=replace_target) as place:

@@ -14,7 +14,7 @@ from deepenc.errors import ClaimError
 from deepenc.network.structure import named_tensors
 
 
-class Copies(Attack):
+class Releases(Attack):
     """Match the channels to those of other releases of the model; suspect what another release lacks.
 
     Channels are matched one to one by the directions of their incoming and outgoing weights (Hungarian
@@ -23,7 +23,7 @@ class Copies(Attack):
     are averaged. Needs no data.
     """
 
-    name: ClassVar[str] = "copies"
+    name: ClassVar[str] = "releases"
 
     releases: int | None = Field(None, ge=1)
     """How many of the other releases to use; default: all."""
@@ -33,15 +33,15 @@ class Copies(Attack):
     @property
     def needs(self) -> Needs:
         """A further release at least."""
-        return Needs(copies=self.releases or 1)
+        return Needs(releases=self.releases or 1)
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
-        if not case.copies:
-            raise ClaimError("copies needs another release: `copies: 1` or more in the threat model")
+        if not case.releases:
+            raise ClaimError("releases needs another release: `releases: 1` or more in the threat model")
         tensors = named_tensors(case.encrypted)
         verdicts: dict[str, list[torch.Tensor]] = {}
-        for release in case.copies[: self.releases]:
+        for release in case.releases[: self.releases]:
             others = named_tensors(release.encrypted)
             found = match(tensors, case.sites, others, release.sites, rounds=self.rounds)
             for name, matched in found.items():
