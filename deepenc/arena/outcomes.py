@@ -13,12 +13,9 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepenc.errors import StoreError
-
-Outcome = NDArray[np.float64]
-"""Of one example, ``(numbers,)``."""
+from deepenc.tasks.task import Outcome
 
 
 def pack(outcomes: Sequence[Outcome]) -> str:

@@ -44,7 +44,7 @@ def hardened(made: Made, seed: int = 1, **fields: object) -> nn.Module:
 def accuracy(network: nn.Module) -> float:
     judge = tiny_subject().victim.judge
     with torch.no_grad():
-        return (network(judge.inputs).argmax(1) == judge.labels).double().mean().item()
+        return (network(judge.inputs).argmax(1) == judge.targets).double().mean().item()
 
 
 def change(network: nn.Module, original: Original, inputs: Tensor) -> float:

@@ -91,8 +91,8 @@ def test_the_fresh_networks_parts(folder):
     assert [len(part) for part in (victim.defender, victim.attacker, victim.judge)] == [30, 90, 60]
     assert torch.equal(victim.defender.inputs, base.defender.inputs)
     assert disjoint(victim)
-    assert (victim.name, victim.classes, victim.public) == ("cifar10-resnet20 to cifar100", 100, None)
-    assert victim.judge.labels.max() > 9
+    assert (victim.name, victim.task.classes, victim.public) == ("cifar10-resnet20 to cifar100", 100, None)
+    assert victim.judge.targets.max() > 9
     network, _ = of(folder).network(folder)
     assert torch.equal(network(victim.example), victim.model(victim.example))
 
