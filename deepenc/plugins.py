@@ -34,6 +34,7 @@ GROUPS = {
     "defense": "deepenc.defenses",
     "victim": "deepenc.victims",
     "task": "deepenc.tasks",
+    "battery": "deepenc.batteries",
 }
 
 _PREFIX = "deepenc_plugin_"

@@ -36,7 +36,7 @@ CORE["deepenc.study"] = {*CORE["deepenc.arena"], "deepenc.arena"}
 CORE["deepenc.report"] = {*CORE["deepenc.study"], "deepenc.study"}
 CORE["deepenc.config"] = CORE["deepenc.report"]
 CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
-CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
+CORE["deepenc"] = {*CORE["deepenc.report"], "deepenc.report"}
 PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena"}
 OURS = {"deepenc", "attacks", "defenses", "benchmarks", "tests"}
 

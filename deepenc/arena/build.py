@@ -50,7 +50,8 @@ class Subject:
             TraceError: Its operators cannot be followed.
             SiteError: It has no site.
         """
-        return cls(victim, tuple(find_sites(victim.model, victim.example)))
+        sites = find_sites(victim.model, victim.example, streams=victim.streams, scope=victim.scope)
+        return cls(victim, tuple(sites))
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,6 +87,12 @@ class Examples:
         """Nothing of it can be changed; in-memory tensors are whoever's who made it."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: with all that is needed to read them."""
+        return (
+            (Examples, tuple(self._stored)) if self._stored is not None else (Examples._of, (_sources[self],))
+        )
+
     def __len__(self) -> int:
         """Number of examples."""
         if self._stored is None:

@@ -35,6 +35,8 @@ class Victim:
             starts from who steals nothing.
         trained: Whether the model was trained for the task; where it has a fresh head it knows nothing of it,
             and the defender's examples are of another task, with its targets.
+        scope: Submodule in which sites are looked for (see `deepenc.find_sites`); default: all of it.
+        streams: Whether residual streams count as sites as well (see `deepenc.find_sites`).
     """
 
     name: str
@@ -47,6 +49,8 @@ class Victim:
     public: nn.Module | None = None
     plain: nn.Module | None = None
     trained: bool = True
+    scope: str = ""
+    streams: bool = False
 
     @property
     def example(self) -> Any:

@@ -16,8 +16,9 @@ from deepenc.arena.case import Attack, Claim
 from deepenc.arena.checks.base import differing, snapshot
 from deepenc.arena.checks.tiny import TinySource, TwoEach, host_defense, tiny_subject
 from deepenc.arena.duel import run_duel
+from deepenc.arena.entry import Entry
 from deepenc.arena.oracle import Oracle as AuthorisedModel
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Meter, Needs, Threat
 from deepenc.encryption.defense import Defense
 

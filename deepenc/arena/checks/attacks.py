@@ -19,7 +19,8 @@ from deepenc.arena.checks.bounds import check_ends
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.checks.tiny import TinySource, Unusual, host_defense, tiny_subject, unusual_subject
 from deepenc.arena.duel import measure, run_attack, run_duel
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Threat
 from deepenc.encryption.keys.key import Key
 from deepenc.errors import OutOfBudget

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from deepenc import trees
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.arena.plan import Cell, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell
 from deepenc.arena.threat import Needs
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.keys.secret import derive_positions, secret_of
