@@ -22,11 +22,14 @@ class Kinds(StrEnum):
     PLACEMENTS = "placements"
     WEIGHTS = "weights"
     HARDENINGS = "hardenings"
+    TASKS = "tasks"
+    BATTERIES = "batteries"
 
     @property
     def kind(self) -> str:
         """The registry's word for it."""
-        return "weights" if self is Kinds.WEIGHTS else self.removesuffix("s")
+        odd = {Kinds.WEIGHTS: "weights", Kinds.BATTERIES: "battery"}
+        return odd.get(self, self.removesuffix("s"))
 
 
 def _kinds(text: str) -> Kinds:
@@ -53,7 +56,8 @@ def list_plugins(
     if markdown:
         from deepenc.report import catalogue
 
-        table = catalogue.attacks() if what is Kinds.ATTACKS else catalogue.plugins(what.kind)
+        special = {Kinds.ATTACKS: catalogue.attacks, Kinds.BATTERIES: catalogue.batteries}
+        table = special[what]() if what in special else catalogue.plugins(what.kind)
         out().print(table, markup=False, soft_wrap=True, end="")
         return
     found = names(what.kind)
@@ -120,5 +124,5 @@ def _plugins(what: str) -> list[Any]:
         everything = {name for called in known.values() for name in called}
         raise PluginError(f"no file and no plugin is called {what!r}: {near(name, everything)}")
     if parameters:
-        kinds = [kind for kind in kinds if kind != "defense"]  # defenses have none
-    return [get(kind, what) if kind == "defense" else build(kind, what) for kind in kinds]
+        kinds = [kind for kind in kinds if kind not in ("defense", "battery")]  # these have none
+    return [get(kind, what) if kind in ("defense", "battery") else build(kind, what) for kind in kinds]

@@ -89,9 +89,7 @@ class Examples:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process: with all that is needed to read them."""
-        return (
-            (Examples, tuple(self._stored)) if self._stored is not None else (Examples._of, (_sources[self],))
-        )
+        return (Examples, tuple(self._stored)) if self._stored is not None else (_again, (_sources[self],))
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -200,6 +198,32 @@ class Examples:
         return [_digest(one) for part in self.batches(step) for one in trees.examples_of(part.inputs)]
 
 
+def _again(source: _Source) -> Examples:
+    return Examples._of(source)
+
+
+def marks(examples: Examples) -> str:
+    """SHA-256 (hex) of all inputs and targets, in order.
+
+    A data set that has ``digest(i)`` and ``target(i)`` is asked for these; any other is read.
+
+    Raises:
+        VictimError: An example cannot be read.
+    """
+    total = hashlib.sha256()
+    source = _sources.get(examples)
+    target = None if source is None else getattr(source.dataset, "target", None)
+    if source is not None and callable(target):
+        for index, digest in zip(source.indices.tolist(), examples.digests(), strict=True):
+            total.update(digest + repr(target(index)).encode())
+        return total.hexdigest()
+    for part in examples.batches(256 if examples.stored else 32):
+        for tree in part:
+            for one in trees.examples_of(tree) if tree is not None else ():
+                total.update(_digest(one))
+    return total.hexdigest()
+
+
 def examples_of(data: Any) -> Examples | None:
     """Examples from what a user has.
 
@@ -236,11 +260,11 @@ class _Joined(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         part, at = self._places[index]
-        return part.batch([at]).inputs
+        return part.batch([at]).inputs, None
 
 
 def _unpaired(items: Sequence[Any]) -> Any:
-    return trees.join(items), None
+    return trees.join([item[0] for item in items]), None
 
 
 class _View(Dataset[Batch]):

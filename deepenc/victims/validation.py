@@ -25,6 +25,8 @@ CHUNK = 256
 """Examples at a time."""
 TRIED = 100
 """Examples that the network is tried on."""
+ENOUGH = 20
+"""Examples of which not all can be of one class by accident."""
 
 
 def validated(victim: object) -> Victim:
@@ -99,6 +101,12 @@ def _checked_network(who: str, victim: Victim) -> Victim:
     if wrong := task.misfit(targets):
         raise VictimError(f"{who}: the judge's targets: {wrong}")
     if victim.trained and "labels" in task.offers:
+        labels = task.labels(targets)
+        if len(labels) >= ENOUGH and len(torch.unique(labels)) == 1:
+            raise VictimError(
+                f"{who}: all of {len(labels)} of the judge's examples are of one class, so that every answer "
+                "is right or wrong alike; give data of all classes, and see whether they are shuffled"
+            )
         right = task.worth(task.outcomes(outputs, targets)).value
         _warn_of_chance(who, round(right * len(some)), task.labels(targets))
     return victim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,22 @@ def read_images(root: Path, part: str, data: str = "CIFAR10") -> Raw:
     return images, labels
 
 
-def normalised(images: NDArray[np.uint8], labels: NDArray[np.int64], index: NDArray[np.int64]) -> Examples:
-    """Chosen images as the networks take them: ``(images, 3, 32, 32)``, float32."""
+def normalised(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    index: NDArray[np.int64],
+    mean: Sequence[float] = MEAN,
+    deviation: Sequence[float] = DEVIATION,
+) -> Examples:
+    """Chosen images as the networks take them: ``(images, 3, 32, 32)``, float32.
+
+    Args:
+        images: ``(images, 32, 32, 3)``.
+        labels: ``(images,)``.
+        index: Those to take.
+        mean: Of the channels, for values in [0, 1].
+        deviation: Likewise.
+    """
     pixels = torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    return Examples(((pixels - mean) / deviation).contiguous(), torch.from_numpy(labels[index]))
+    centre, scale = (torch.tensor(values)[:, None, None] for values in (mean, deviation))
+    return Examples(((pixels - centre) / scale).contiguous(), torch.from_numpy(labels[index]))

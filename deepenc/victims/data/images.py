@@ -182,6 +182,10 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         """An input and its class; raises a VictimError where the file holds no image."""
         return self.transform(opened(self.paths[index])), self.labels[index]
 
+    def target(self, index: int) -> int:
+        """The class of an image."""
+        return self.labels[index]
+
     def digest(self, index: int) -> bytes:
         """SHA-256 of the file."""
         return content(self.paths[index])

@@ -47,7 +47,8 @@ def as_examples(data: Any, task: Task, *, workers: int = 0) -> Examples:
     """
     if isinstance(data, tuple) and len(data) == 2 and trees.size(data[0]):
         data = Examples(*data)
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, Examples)):
+    readable = hasattr(data, "__getitem__") and not isinstance(data, Examples | str | Tensor | dict)
+    if isinstance(data, Dataset) or readable:
         data = Examples.read(data, task.collate, workers=workers)
     if not isinstance(data, Examples):
         raise VictimError(

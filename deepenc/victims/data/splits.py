@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deepenc import trees
 from deepenc.errors import VictimError
-from deepenc.tasks.examples import Examples
+from deepenc.tasks.examples import Examples, marks
 
 Index = NDArray[np.int64]
 
@@ -102,17 +101,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(model: nn.Module, *parts: Examples) -> str:
-    """SHA-256 (hex) of a network's weights and of examples with their targets.
-
-    Of examples that are not in memory the inputs alone count, by their hashes.
-    """
-    told = [checksum({n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)})]
-    for part in parts:
-        if part.stored:
-            leaves = trees.tensors(tuple(part.batch()))
-            told.append(checksum({str(i): leaf for i, leaf in enumerate(leaves)}))
-        else:
-            told += [digest.hex() for digest in part.digests()]
+    """SHA-256 (hex) of a network's weights and of examples with their targets."""
+    weights = checksum({n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)})
+    told = [weights, *map(marks, parts)]
     return hashlib.sha256(" ".join(told).encode()).hexdigest()
 
 
