@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -116,11 +117,66 @@ def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("docs/defenses.md", "weights"),
         ("docs/defenses.md", "hardenings"),
         ("docs/defenses.md", "defenses"),
+        ("docs/own_network.md", "batteries"),
     ],
 )
 def test_the_tables_of_plugins_are_those_of_the_registry(page: str, what: str, tmp_path: Path) -> None:
     table = deepenc("list", what, "--markdown", cwd=tmp_path)
     assert table.strip() in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_readme_s_question_of_an_own_network(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from torch.utils.data import TensorDataset
+
+    import deepenc as library
+
+    (code,) = (block for block in blocks("README.md", "python") if "evaluate" in block)
+    inputs = torch.randn(700, 8, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).eval()
+    dataset = TensorDataset(inputs, model(inputs).argmax(1).detach())
+    held = {"deepenc": library, "model": model, "dataset": dataset}
+    exec(compile(code, "README.md", "exec"), held)
+    said = capsys.readouterr().out
+    assert "paper-samp (+" in said and "paper-init (+" in said
+    assert set(held["report"].records["state"]) <= {"done", "unsupported"}  # type: ignore[attr-defined]
+
+
+def own_network(folder: Path) -> None:
+    """The files of the page, each under the name that stands before it."""
+    text = (ROOT / "docs/own_network.md").read_text(encoding="utf-8")
+    for name, code in re.findall(
+        r"`(\w+\.(?:py|yaml))`[^`]*?:\n\n```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL
+    ):
+        (folder / name).write_text(code, encoding="utf-8")
+
+
+def test_the_files_of_the_page_on_own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepenc.config import load
+
+    own_network(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"my_net.py", "my_data.py", "train.py", "is_it_safe.py", "mine.yaml"}
+    (victim,) = load(tmp_path / "mine.yaml").victims
+    assert victim.label == "my-net"
+
+
+@pytest.mark.long
+def test_a_stranger_s_session(tmp_path: Path) -> None:
+    """Train a network of one's own on CIFAR-10, and ask in Python and from the command line whether it is safe."""
+    if "DEEPENC_DATA" not in os.environ:
+        pytest.skip("needs CIFAR-10 in DEEPENC_DATA")
+    own_network(tmp_path)
+    for script in ("train.py", "is_it_safe.py"):
+        done = subprocess.run(
+            [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    for defense in ("paper-samp", "paper-init", "strong"):
+        assert f"{defense} (+" in done.stdout
+    assert "my-net" in deepenc("run", "mine.yaml", "--workers", "2", cwd=tmp_path)
 
 
 def test_the_combinations_of_the_attacks_page_can_be_meant() -> None:

@@ -15,7 +15,7 @@ from deepenc.arena.record import Record
 from deepenc.errors import ConfigError, VictimError
 from deepenc.report.verdict import verdicts
 
-THREATS = [{"name": "thief", "labelled": 20, "unlabelled": 20}]
+THREATS = [{"name": "thief", "labelled": 20, "unlabelled": 40}]
 
 
 @pytest.fixture(scope="module")
