@@ -165,7 +165,7 @@ def test_the_files_of_the_page_on_own_networks(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.long
 def test_a_stranger_s_session(tmp_path: Path) -> None:
-    """Train a network of one's own on CIFAR-10, and ask in Python and from the command line whether it is safe."""
+    """A network of one's own, trained on CIFAR-10: is it safe? Asked in Python and from the command line."""
     if "DEEPENC_DATA" not in os.environ:
         pytest.skip("needs CIFAR-10 in DEEPENC_DATA")
     own_network(tmp_path)
