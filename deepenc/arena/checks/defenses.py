@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.base import Broken, Check, differing, snapshot, watched
@@ -20,6 +20,7 @@ from deepenc.arena.metrics import checked_scores, detection, most_suspect
 from deepenc.arena.threat import Threat, close
 from deepenc.encryption.defense import Defense, Hardening, Neurons, Original, Placement, Weights
 from deepenc.encryption.encrypt import decrypt, encrypt
+from deepenc.encryption.keys.key import Key
 from deepenc.encryption.tensors import tensors_of
 from deepenc.network.surgery import Layout
 
@@ -119,9 +120,10 @@ def hardening_checks(hardening: Hardening) -> list[Check]:
 
 def defense_checks(defense: Defense) -> list[Check]:
     """The checks for a whole defense."""
+    first = cache(lambda: _encrypt(defense))  # several checks look at it: defenses may be slow
     return [
-        Check("gives the victim back, bit for bit", lambda: _reversible(defense)),
-        Check("makes the same network from the same secret", lambda: _repeatable(defense)),
+        Check("gives the victim back, bit for bit", lambda: _reversible(*first())),
+        Check("makes the same network from the same secret", lambda: _repeatable(defense, *first())),
         Check("leaks nothing to an inspection of the case", lambda: _check_no_leak(defense)),
     ]
 
@@ -156,13 +158,13 @@ def _secret(index: int) -> bytes:
     return hashlib.sha256(f"contract of defenses {index}".encode()).digest()
 
 
-def _encrypt(defense: Defense, index: int = 0) -> Any:
+def _encrypt(defense: Defense) -> tuple[nn.Module, Key]:
     original = _original()
     return encrypt(
         original.model,
         original.example,
         defense,
-        secret=_secret(index),
+        secret=_secret(0),
         sites=original.sites,
         data=original.data,
         task=original.task,
@@ -185,14 +187,13 @@ def _untouched(blame: str, act: Callable[[], object]) -> Check:
     return Check("leaves the victim, the global generators and the grad mode as they were", body)
 
 
-def _reversible(defense: Defense) -> None:
-    network, key = _encrypt(defense)
+def _reversible(network: nn.Module, key: Key) -> None:
     if changed := differing(snapshot(decrypt(network, key)), snapshot(_original().model)):
         raise Broken(f"after decryption {changed[:5]} differ from the victim's")
 
 
-def _repeatable(defense: Defense) -> None:
-    (first, key), (second, other) = _encrypt(defense), _encrypt(defense)
+def _repeatable(defense: Defense, first: nn.Module, key: Key) -> None:
+    second, other = _encrypt(defense)
     if key != other or (changed := differing(snapshot(first), snapshot(second))):
         raise Broken(f"one secret made two networks ({changed[:5] if key == other else 'two keys'})")
 
