@@ -19,12 +19,15 @@ from deepenc.errors import PluginError
 from deepenc.plugins import build, names
 from deepenc.tasks.examples import Examples
 
+# Their defaults are held to what they promise in test_selftest.py.
 SLOW = {
     "finetune": {"epochs": 1},
     "scratch": {"steps": 3},
     "chain": {"stages": ["norms", {"name": "finetune", "epochs": 1}]},
     "tuned": {"of": {"name": "finetune", "epochs": 1}, "trials": 2},
     "replace-block": {"steps": 3, "warm": 2},
+    "shadow": {"encryptions": 2, "trees": 40, "folds": 2},
+    "optimise": {"steps": 10},
 }
 KINDS = ("attack", "placement", "weights", "hardening")
 
@@ -39,7 +42,16 @@ def test_built_in_plugins_keep_the_contract(kind, name):
 
 @pytest.mark.parametrize("name", names("defense"))
 def test_nothing_pries_a_built_in_defense_open(name):
-    assert [r for r in run_checks(Defense.model_validate(name)) if not r.passed] == []
+    assert [r for r in run_checks(quick(Defense.model_validate(name))) if not r.passed] == []
+
+
+def quick(defense):
+    """With fewer steps, which change the weights' values alone: prying does not look at them."""
+    steps = (
+        step.model_copy(update={"steps": 10}) if hasattr(step, "steps") else step
+        for step in defense.hardening
+    )
+    return defense.model_copy(update={"hardening": tuple(steps)})
 
 
 def scores(case, value=0.0):
