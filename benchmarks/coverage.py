@@ -25,7 +25,7 @@ from scipy.special import expit
 
 from deepenc.arena.estimates.comparison import LEVEL, compared
 from deepenc.arena.estimates.estimate import Estimate, estimated
-from deepenc.arena.estimates.references import References, row
+from deepenc.arena.estimates.references import gained, mean_advantage, row
 from deepenc.arena.outcomes import pack
 from deepenc.arena.record import Record
 from deepenc.arena.run.store import Store
@@ -34,6 +34,8 @@ from deepenc.report.format import markdown_table
 KEYS = (2, 3, 5, 10, 20)
 MANY = 400_000
 """Draws from which a truth is computed where it has no closed form."""
+FEW = 0.05
+"""Share of printed intervals below which their coverage says nothing."""
 HARD = 1.5
 """Standard deviation of the examples' hardness, as a shift of the logit, for the advantages."""
 
@@ -236,14 +238,9 @@ def _resampled_advantages(attack: Array, scratch: Array, original: Array) -> Cal
 
 
 def _advantages(stolen: Array, own: Array, original: Array) -> Estimate | None:
-    """As a report makes them, from records; the original is one network."""
-    floor = _record("null", "null", 0, original[0], "floor")
-    references = [
-        *(_record("null", "scratch", key, one, "scratch") for key, one in enumerate(own)),
-        *(floor.model_copy(update={"key": key}) for key in range(len(own))),
-    ]
-    attacks = [_record("d", "a", key, one) for key, one in enumerate(stolen)]
-    return References(references).advantages(attacks)
+    """As a report makes them; the original is one network."""
+    adds = np.stack([gained(a, s, original[0]) for a, s in zip(stolen, own, strict=True)])
+    return mean_advantage(dict(enumerate(adds.mean(axis=1))), adds, original - own)
 
 
 def _record(defense: str, attack: str, key: int, right: Array, reference: str | None = None) -> Record:
@@ -308,8 +305,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cell(of: Row) -> str:
-    if of.coverage is None:
-        return "none printed"
+    if of.coverage is None or of.printed < FEW:
+        return "none printed" if not of.printed else "hardly any printed"
     some = "" if of.printed == 1 else f", {of.printed:.0%} printed"
     return f"{100 * of.coverage:.1f} ({of.width:.2g}{some})"
 

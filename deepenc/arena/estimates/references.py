@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -84,6 +85,35 @@ def advantage(attack: float, scratch: float | None, original: float | None) -> f
     return round((attack - scratch) / (original - scratch), 12)
 
 
+def gained(attack: Row, scratch: Row, original: Row) -> Row:
+    """What each example adds to the advantage of a key, to first order (the delta method).
+
+    It is ``(a - s - A (o - s)) / D + A``, where ``a``, ``s``, ``o`` are the example's scores under attack,
+    scratch and original, ``A`` the advantage and ``D`` the difference of the references. An example that is
+    hard for all three adds little to any error, since it is hard for all.
+    """
+    scale = original - scratch
+    found = (attack - scratch).mean() / scale.mean()
+    return np.asarray((attack - scratch - found * scale) / scale.mean() + found)
+
+
+def mean_advantage(values: Mapping[int, float], adds: Table | None, scale: Table | None) -> Estimate | None:
+    """Mean advantage over keys; the original must be clearly better than scratch for it to have an interval.
+
+    Args:
+        values: Advantage of each key.
+        adds: What examples add to them, from `gained`, ``(keys, examples)``; None where that is not known.
+        scale: What examples add to the difference of the references, likewise.
+    """
+    lacks = ""
+    if scale is not None:
+        known = crossed(scale)
+        lacks = (
+            NEAR if known.mean < CLEAR * math.hypot(known.from_keys**0.5, known.from_examples**0.5) else ""
+        )
+    return estimated(values, "gain", table=adds, lacks=lacks)
+
+
 class References:
     """The two ends of the scale: the stolen original, and training from scratch.
 
@@ -113,28 +143,17 @@ class References:
         return advantage(record.score.value, self.rate("scratch", record), self.rate("floor", record))
 
     def advantages(self, records: Iterable[Record]) -> Estimate | None:
-        """Mean advantage over keys, its interval for attack, scratch and original on the same examples.
-
-        The advantage is a ratio of differences of means. What an example adds to it, to first order (the
-        delta method), is ``(a - s - A (o - s)) / D + A``, where ``a``, ``s``, ``o`` are the example's scores
-        under attack, scratch and original, ``A`` the advantage of the key and ``D`` the difference of its
-        references. An example that is hard for all three adds little to any error, since it is hard for all.
-        """
+        """Mean advantage over keys, its interval for attack, scratch and original on the same examples."""
         values, members = by_key(records, self.advantage)
-        scale = table(members, self._scale)
-        sampled = None if scale is None else crossed(scale)
-        error = 0.0 if sampled is None else (sampled.from_keys + sampled.from_examples) ** 0.5
-        lacks = NEAR if sampled is not None and sampled.mean < CLEAR * error else ""
-        found = estimated(values, "gain", table=table(members, self._adds), lacks=lacks)
+        found = mean_advantage(values, table(members, self._adds), table(members, self._scale))
         fixed = all(not r.protected and r.reference for rs in members.values() for r in rs)
         return replace(found, interval=None, lacks="") if found and fixed else found  # 0 or 1 by definition
 
     def _adds(self, record: Record) -> Row | None:
-        attack, scratch, found = row(record), self._row("scratch", record), self.advantage(record)
-        scale = self._scale(record)
-        if attack is None or scratch is None or scale is None or found is None or len(attack) != len(scale):
+        attack, scratch, original = row(record), self._row("scratch", record), self._row("floor", record)
+        if attack is None or scratch is None or original is None:
             return None
-        return np.asarray((attack - scratch - found * scale) / scale.mean() + found)
+        return gained(attack, scratch, original) if len(attack) == len(scratch) == len(original) else None
 
     def damage(self, record: Record) -> Row | None:
         """What each example lost against the original; None where it is not known."""
