@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deepenc.analysis.batchnorm import reestimate
 from deepenc.arena.case import Attack, Case, Claim
@@ -17,6 +16,7 @@ from deepenc.arena.threat import Needs
 from deepenc.network.gates import gated_slots
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
+from deepenc.tasks.task import Task
 
 
 class Ablation(Attack):
@@ -32,7 +32,7 @@ class Ablation(Attack):
     mode: Literal["single", "greedy"] = "single"
     """Measure once, or again after every removal."""
     objective: Literal["loss", "entropy", "statistics", "size"] = "statistics"
-    """What shall fall: cross-entropy on labels; the entropy of predictions less that of their mean, so that
+    """What shall fall: the task's loss on labels; the entropy of predictions less that of their mean, so that
     to answer one class with confidence is no good; the distance of BatchNorm's inputs from its stored
     statistics; the logarithm of the outputs' size, which without BatchNorm nothing keeps from growing."""
     images: int = Field(64, ge=2)
@@ -56,13 +56,15 @@ class Ablation(Attack):
             allocation=self.mode == "greedy",
             labelled=self.images if loss else 0,
             unlabelled=0 if loss else self.images,
+            offers=frozenset({"logits"}) if self.objective == "entropy" else frozenset(),
         )
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         network = case.copy()
-        inputs = (case.labelled.inputs if self.objective == "loss" else case.unlabelled)[: self.images]
-        measure = self._objective(network, inputs, case.labelled.labels[: self.images])
+        examples = (case.labelled if self.objective == "loss" else case.unlabelled)[: self.images]
+        inputs, targets = examples.batch()
+        measure = self._objective(case.task, network, inputs, targets)
         if self.mode == "single":
             return Claim(scores={site.name: falls(network, site, measure) for site in case.sites})
         counts = case.counts()
@@ -83,17 +85,17 @@ class Ablation(Attack):
                 reestimate(network, inputs)
         return Claim(scores={name: ranked(found, gone[name]) for name, found in scores.items()})
 
-    def _objective(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], float]:
+    def _objective(self, task: Task, network: nn.Module, inputs: Any, targets: Any) -> Callable[[], float]:
         def value() -> float:
             if self.objective == "statistics":
                 return inconsistency(network, inputs)
             with torch.no_grad():
-                logits = network(inputs).double()
-            if self.objective == "loss":
-                return float(F.cross_entropy(logits, labels))
-            if self.objective == "size":
-                return float(logits.abs().mean().log())
-            return -float(information(logits))
+                if self.objective == "loss":
+                    return float(task.loss(network, inputs, targets))
+                if self.objective == "size":
+                    response = task.numbers(task.response(network, inputs))
+                    return float(response.double().abs().mean().log())
+                return -float(information(task.logits(task.run(network, inputs)).double()))
 
         return value
 

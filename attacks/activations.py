@@ -37,13 +37,15 @@ class Activations(Attack):
     def needs(self) -> Needs:
         """The images."""
         labelled = self.statistic == "selectivity"
-        return Needs(labelled=self.images) if labelled else Needs(unlabelled=self.images)
+        if labelled:
+            return Needs(labelled=self.images, offers=frozenset({"labels"}))
+        return Needs(unlabelled=self.images)
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         scores: dict[str, Tensor] = {}
-        labels = case.labelled.labels[: self.images]
-        inputs = case.labelled.inputs if self.statistic == "selectivity" else case.unlabelled
+        examples = case.labelled if self.statistic == "selectivity" else case.unlabelled
+        inputs, targets = examples[: self.images].batch()
 
         def see(site: Site, values: Tensor) -> None:
             match self.statistic:
@@ -54,10 +56,10 @@ class Activations(Attack):
                 case "redundancy":
                     found = 1 - redundancy(values)
                 case "selectivity":
-                    found = 1 - selectivity(values, labels)
+                    found = 1 - selectivity(values, case.task.labels(targets))
             scores[site.name] = found.nan_to_num(nan=0.0).cpu()
 
-        observe(case.copy(), case.sites, inputs[: self.images], see)
+        observe(case.copy(), case.sites, inputs, see)
         return Claim(scores=scores)
 
 

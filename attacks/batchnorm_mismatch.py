@@ -41,7 +41,7 @@ class BatchnormMismatch(Attack):
         """See `Attack.attack`."""
         network = case.copy()
         layers = batchnorms(network)
-        measured = norm_moments(network, case.unlabelled[: self.images], live=self.live)
+        measured = norm_moments(network, case.unlabelled[: self.images].inputs, live=self.live)
         far = {path: mismatch(moments, stored(layers[path])) for path, moments in measured.items()}
         scores = {site.name: score for site in case.sites if (score := along(site, far)) is not None}
         return Claim(scores=scores)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from deepenc.arena.case import Case, Claim, Weakness
 from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples, joined
 
 
 class Distill(TrainedAttack):
@@ -37,7 +37,12 @@ class Distill(TrainedAttack):
     @property
     def needs(self) -> Needs:
         """Two images, fewer of which have no batch statistics, and answers about them."""
-        return Needs(unlabelled=2, oracle=2, architecture=self.start == "blank")
+        return Needs(
+            unlabelled=2,
+            oracle=2,
+            architecture=self.start == "blank",
+            offers=frozenset({"answers"}),
+        )
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
@@ -45,15 +50,15 @@ class Distill(TrainedAttack):
             raise ClaimError("distill needs answers of the authorised model: `oracle` of at least 2")
         network = self._start(case)
         left = case.meter.left("queries")
-        held = torch.cat([case.unlabelled, case.labelled.inputs])
-        inputs = held[: self.queries if left is None else min(self.queries, left)]
-        recipe = self.recipe()
+        held = joined([case.unlabelled, case.labelled])
+        held = held[: self.queries if left is None else min(self.queries, left)]
+        recipe = replace(self.recipe(), temperature=self.temperature)
         # Whoever cannot train keeps the answers for another.
-        if len(inputs) < 2 or affordable(case, recipe, Images(inputs, inputs)).steps == 0:
+        if len(held) < 2 or affordable(case, recipe, held).steps == 0:
             return Claim(network=network)
-        answers = (case.oracle(inputs).float() / self.temperature).softmax(dim=1)
-        taught = train(case, Tempered(network, self.temperature), recipe, images=Images(inputs, answers))
-        return Claim(network=network, diverged=taught.diverged)
+        inputs = held.inputs
+        answers = case.task.answers(case.oracle(inputs), temperature=self.temperature)
+        return train(case, network, recipe, examples=Examples(inputs, answers))
 
     def _start(self, case: Case) -> nn.Module:
         if self.start == "encrypted":
@@ -61,17 +66,3 @@ class Distill(TrainedAttack):
         if case.blank is None:
             raise ClaimError("distill from a blank network needs `architecture: true`")
         return case.blank(case.seed).eval()
-
-
-class Tempered(nn.Module):
-    """A network whose outputs are divided by a temperature."""
-
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network = network
-        self.temperature = temperature
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Divided outputs."""
-        outputs: Tensor = self.network(inputs)
-        return outputs / self.temperature

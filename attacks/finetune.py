@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -14,6 +14,8 @@ from deepenc.arena.kit import groups
 from deepenc.arena.kit.training import TrainedAttack, affordable, train
 from deepenc.errors import ClaimError
 from deepenc.network.initial import resetting, seeded
+from deepenc.tasks.examples import joined
+from deepenc.tasks.task import Task
 
 
 class Finetune(TrainedAttack):
@@ -49,15 +51,15 @@ class Finetune(TrainedAttack):
         if affordable(case, recipe, case.labelled).steps == 0:
             return Claim(network=network)
         if self.fresh_head:
-            renew(network, head_of(network, case.classes), case.seed)
+            renew(network, head_of(network, case.task), case.seed)
         if self.recalibrate:
-            inputs = torch.cat([case.unlabelled, case.labelled.inputs])[: self.recalibrate]
+            inputs = joined([case.unlabelled, case.labelled])[: self.recalibrate].inputs
             reestimate(network, inputs)
         penalties = dict.fromkeys(groups.norm_scales(network), self.l1) if self.l1 else None
-        trained = groups.slowed(self.chosen(network, case.classes), network, self.decay)
+        trained = groups.slowed(self.chosen(network, case.task), network, self.decay)
         return train(case, network, recipe, groups=trained, l1=penalties)
 
-    def chosen(self, network: nn.Module, classes: int) -> groups.Groups:
+    def chosen(self, network: nn.Module, task: Task) -> groups.Groups:
         """Names of the parameters to train, with the factor 1."""
         match self.layers:
             case "all":
@@ -65,28 +67,29 @@ class Finetune(TrainedAttack):
             case "norms":
                 return groups.of_norms(network)
             case "head":
-                head_of(network, classes)
-                return groups.of_head(network, classes)
+                head_of(network, task)
+                return groups.of_head(network, task)
 
 
-def head_of(network: nn.Module, classes: int) -> str:
-    """Path of the classifier's last layer.
+def head_of(network: nn.Module, task: Task) -> tuple[str, ...]:
+    """Paths of the layers that make the outputs.
 
     Raises:
-        ClaimError: No layer has one output per class.
+        ClaimError: The task knows none.
     """
-    path = groups.head(network, classes)
-    if path is None:
+    paths = task.head(network)
+    if not paths:
         raise ClaimError(
-            f"finetune: no linear or convolutional layer of {type(network).__name__} has {classes} outputs, "
-            "one per class; train it with `layers: all` and without `fresh_head`"
+            f"finetune: no last layer of {type(network).__name__} is known for the task {task.name!r}; train "
+            "it with `layers: all` and without `fresh_head`"
         )
-    return path
+    return paths
 
 
-def renew(network: nn.Module, path: str, seed: int) -> None:
-    """Initialise a layer again, as torch does; the global generators stay as they are."""
-    layer = network.get_submodule(path)
-    with seeded(seed, layer.parameters()):
-        if (reset := resetting(layer)) is not None:
-            reset()
+def renew(network: nn.Module, paths: Sequence[str], seed: int) -> None:
+    """Initialise layers again, as torch does; the global generators stay as they are."""
+    layers = [module for path in paths for module in network.get_submodule(path).modules()]
+    with seeded(seed, [parameter for layer in layers for parameter in layer.parameters(recurse=False)]):
+        for layer in layers:
+            if (reset := resetting(layer)) is not None:
+                reset()

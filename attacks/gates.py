@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Adam
 
 from deepenc.analysis.batchnorm import batchnorms, reestimate
@@ -19,6 +18,7 @@ from deepenc.arena.kit.descent import Descent, descend
 from deepenc.arena.kit.unlabelled import information, mismatches
 from deepenc.arena.threat import Needs
 from deepenc.network.gates import Gated
+from deepenc.tasks.examples import joined
 
 # Hard-concrete gates, Louizos et al. 2018: temperature, and the interval that is cut to [0, 1].
 TEMPERATURE, LOWEST, HIGHEST = 2 / 3, -0.1, 1.1
@@ -38,8 +38,8 @@ class Gates(Attack):
     detects: ClassVar[Weakness | None] = "damage"
 
     objective: Literal["loss", "entropy", "statistics"] = "loss"
-    """Cross-entropy of labelled images; or, unlabelled, the mean entropy of the predictions less the entropy
-    of their mean (InfoMax), or how far batches' statistics are from those that BatchNorm stores."""
+    """The task's loss on labelled images; or, unlabelled, the mean entropy of the predictions less the
+    entropy of their mean (InfoMax), or how far batches' statistics are from those that BatchNorm stores."""
     form: Literal["linear", "sigmoid", "hard-concrete"] = "linear"
     """What is learned: the gate; a number that a sigmoid makes a gate; or one that gives the odds of a gate
     that is drawn again in every step, and is often 0 or 1."""
@@ -69,11 +69,13 @@ class Gates(Attack):
     @property
     def needs(self) -> Needs:
         """Two images, fewer of which have no batch statistics; labelled ones for the loss."""
-        return Needs(labelled=2) if self.objective == "loss" else Needs(unlabelled=2)
+        if self.objective == "loss":
+            return Needs(labelled=2)
+        return Needs(unlabelled=2, offers=frozenset({"logits"} if self.objective == "entropy" else ()))
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
-        every = torch.cat([case.labelled.inputs, case.unlabelled])
+        every = joined([case.labelled, case.unlabelled])
         renewed = self.keep == "soft" and not self.freeze_norms and bool(batchnorms(case.encrypted))
         gated = Gated(case.copy(), case.sites)
         taken, diverged = self._learn(case, gated, len(every) if renewed else 0)
@@ -84,13 +86,13 @@ class Gates(Attack):
             return Claim(scores=scores, diverged=diverged)  # the arena removes as many as there are
         network = case.remove(gated.closed(self.threshold)) if self.keep == "hard" else gated.baked()
         if renewed:
-            reestimate(network, every)
+            reestimate(network, every.inputs)
         return Claim(scores=scores, network=network, diverged=diverged)
 
     def _learn(self, case: Case, gated: Gated, reserve: int) -> Descent:
         """Set the gates; ``reserve`` samples are left over. Gives the steps taken."""
-        inputs = case.labelled.inputs if self.objective == "loss" else case.unlabelled
-        generator, size = case.generator(), min(self.batch_size, len(inputs))
+        examples = case.labelled if self.objective == "loss" else case.unlabelled
+        generator, size = case.generator(), min(self.batch_size, len(examples))
         left = case.meter.left("samples")
         steps = self.steps if left is None else min(self.steps, max(0, left - reserve) // size)
         learned = {name: torch.full_like(gate, self._first()).detach() for name, gate in gated.gates.items()}
@@ -99,16 +101,17 @@ class Gates(Attack):
             steps = 0  # nothing to agree with
 
         def loss() -> Tensor:
-            chosen = torch.randperm(len(inputs), generator=generator)[:size].to(case.device)
+            inputs, targets = examples.batch(torch.randperm(len(examples), generator=generator)[:size])
             gated.gates = {name: self._opened(number, generator) for name, number in learned.items()}
-            with mismatches(gated.network, before) as missed:
-                outputs = gated(inputs[chosen])
             match self.objective:
                 case "loss":
-                    value = F.cross_entropy(outputs, case.labelled.labels[chosen])
+                    value = case.task.loss(gated, inputs, targets)
                 case "entropy":
-                    value = math.log(outputs.shape[1]) - information(outputs)
+                    logits = case.task.logits(case.task.run(gated, inputs))
+                    value = math.log(logits.shape[1]) - information(logits)
                 case "statistics":
+                    with mismatches(gated.network, before) as missed:
+                        case.task.run(gated, inputs)
                     value = torch.stack(missed).mean()
             return value.clamp_min(SMALL).log() + self._penalty(gated.gates, learned)
 

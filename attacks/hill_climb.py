@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.func import functional_call
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from deepenc.analysis.consistency import Evidence, decode
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
+from deepenc.network.calling import call_with
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
@@ -34,7 +33,7 @@ class HillClimb(Attack):
     name: ClassVar[str] = "hill-climb"
 
     objective: Literal["loss", "verifier"] = "verifier"
-    """Cross-entropy on labelled images, or consistency of BatchNorm on unlabelled ones."""
+    """The task's loss on labelled images, or consistency of BatchNorm on unlabelled ones."""
     start: Attack | None = Field(None)
     """An attack whose scores are the first guess; default: at random."""
     trials: int | None = Field(None, ge=1)
@@ -76,16 +75,19 @@ class HillClimb(Attack):
         return key
 
     def _by_loss(self, case: Case, key: Key, trials: int, rng: np.random.Generator) -> None:
-        inputs, labels = case.labelled.inputs[: self.images], case.labelled.labels[: self.images]
+        inputs, targets = case.labelled[: self.images].batch()
         network = case.copy()
         tensors = named_tensors(network)
+
+        def lose(changed: nn.Module, inputs: Any) -> Tensor:
+            return case.task.loss(changed, inputs, targets)
 
         def judge() -> float:
             case.meter.charge(trials=1)
             gates = {name: kept.to(case.device) for name, kept in key.items()}
             with torch.no_grad():
                 changed = gated_tensors(tensors, case.sites, gates)
-                loss = float(F.cross_entropy(functional_call(network, changed, (inputs,)).double(), labels))
+                loss = float(call_with(network, changed, inputs, lose))
             return loss if math.isfinite(loss) else math.inf
 
         names = [name for name, kept in key.items() if not kept.all()]
@@ -120,7 +122,7 @@ class HillClimb(Attack):
                 key[site.name] = best.cpu()
             return (~key[site.name]).nonzero().flatten().tolist()
 
-        decode(case.copy(), case.sites, case.unlabelled[: self.images], solve)
+        decode(case.copy(), case.sites, case.unlabelled[: self.images].inputs, solve)
 
 
 def climbed(evidence: Evidence, kept: Tensor, guesses: int, rng: np.random.Generator) -> Tensor:

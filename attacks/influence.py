@@ -43,7 +43,7 @@ class Influence(Attack):
             scores[site.name] = missed(evidence).cpu()
             return ()
 
-        decode(case.copy(), case.sites, case.unlabelled[: self.images], listen)
+        decode(case.copy(), case.sites, case.unlabelled[: self.images].inputs, listen)
         return Claim(scores=scores)
 
 

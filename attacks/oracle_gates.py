@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.optim import Adam
 
+from deepenc import trees
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.kit.descent import Descent, descend
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
 from deepenc.network.gates import Gated
+from deepenc.tasks.examples import joined
 
 HALVINGS = 40  # of an interval of logits, in search of the shift
 SMALL = 1e-12
@@ -50,7 +52,7 @@ class OracleGates(Attack):
     @property
     def needs(self) -> Needs:
         """The answers."""
-        return Needs(oracle=self.images)
+        return Needs(oracle=self.images, offers=frozenset({"answers"}))
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
@@ -79,17 +81,17 @@ class OracleGates(Attack):
             return Descent(0, diverged=False)  # and nothing is asked in vain
         generator = case.generator()
         inputs, answers = asked(case, self.images, generator)
+        numbers = case.task.numbers(answers)
         done = 0
 
         def loss() -> Tensor:
             nonlocal done
             done += 1
-            chosen = torch.randperm(len(inputs), generator=generator)[:size].to(case.device)
+            chosen = torch.randperm(len(numbers), generator=generator)[:size].to(case.device)
             gated.gates = {name: mask(logit, real[name]) for name, logit in logits.items()}
-            wanted = answers[chosen]
-            missed: Tensor = (
-                gated(inputs[chosen]) - wanted
-            ).square().sum() / wanted.square().sum().clamp_min(SMALL)
+            wanted = numbers[chosen]
+            got = case.task.numbers(case.task.run(gated, trees.take(inputs, chosen)))
+            missed: Tensor = (got - wanted).square().sum() / wanted.square().sum().clamp_min(SMALL)
             every = torch.cat(list(gated.gates.values()))
             hesitant = (every * (1 - every)).mean()
             return missed.clamp_min(SMALL).log() + self.penalty * done / steps * hesitant
@@ -125,8 +127,8 @@ def mask(logit: Tensor, real: int | None) -> Tensor:
     return (logit + high).sigmoid()
 
 
-def asked(case: Case, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs and the authorised model's answers to them, logits.
+def asked(case: Case, images: int, generator: torch.Generator) -> tuple[Any, Any]:
+    """Inputs and the authorised model's outputs for them.
 
     Raises:
         ClaimError: The threat model gives no answers, or too few images are held and noise is no input.
@@ -135,12 +137,12 @@ def asked(case: Case, images: int, generator: torch.Generator) -> tuple[Tensor, 
         raise ClaimError("oracle-gates needs answers of the authorised model: `oracle` in the threat model")
     left = case.meter.left("queries")
     wanted = images if left is None else min(images, left)
-    held = torch.cat([case.unlabelled, case.labelled.inputs])[:wanted]
-    if (missing := wanted - len(held)) > 0:
+    held = joined([case.unlabelled, case.labelled])[:wanted].inputs
+    if (missing := wanted - trees.size(held)) > 0:
         if not isinstance(case.example, Tensor) or not case.example.is_floating_point():
             raise ClaimError(
-                f"oracle-gates: {len(held)} images are held, {wanted} are to be asked, and noise cannot take "
-                "the place of inputs that are not one tensor of floats; give fewer `images`"
+                f"oracle-gates: {trees.size(held)} images are held, {wanted} are to be asked, and noise "
+                "cannot take the place of inputs that are not one tensor of floats; give fewer `images`"
             )
         noise = torch.randn(missing, *case.example.shape[1:], generator=generator).to(case.example)
         held = torch.cat([held, noise])

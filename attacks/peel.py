@@ -49,7 +49,7 @@ class Peel(Attack):
             scores[site.name] = suspicion(evidence, kept).cpu()
             return (~kept).nonzero().flatten().tolist()
 
-        decode(case.copy(), case.sites, case.unlabelled[: self.images], solve, own=self.own)
+        decode(case.copy(), case.sites, case.unlabelled[: self.images].inputs, solve, own=self.own)
         return Claim(scores=scores)
 
 

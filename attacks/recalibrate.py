@@ -35,5 +35,5 @@ class Recalibrate(Attack):
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         network = case.copy()
-        reestimate(network, case.unlabelled[: self.images])
+        reestimate(network, case.unlabelled[: self.images].inputs)
         return Claim(network=network)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from deepenc.analysis.following import Run
 from deepenc.analysis.renormalising import renormalised
 from deepenc.arena.case import Case, Claim
 from deepenc.arena.kit.training import TrainedAttack, affordable, train
+from deepenc.tasks.examples import joined
 
 
 class Renormalise(TrainedAttack):
@@ -50,7 +50,7 @@ class Renormalise(TrainedAttack):
         left = case.meter.left("samples")
         count = self.images if left is None else min(self.images, left // 2 - 1)
         if count > 0:
-            inputs = torch.cat([case.unlabelled, case.labelled.inputs])[:count]
+            inputs = joined([case.unlabelled, case.labelled])[:count].inputs
             paths = Run.of(network, inputs[:1]).unnormalised()
             with renormalised(network, paths, inputs, self.largest):
                 return train(case, network, recipe)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepenc import trees
 from deepenc.analysis.batchnorm import batchnorms
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
 from deepenc.network.gates import Gated
+from deepenc.tasks.task import Task
 
 
 class Saliency(Attack):
@@ -26,7 +28,7 @@ class Saliency(Attack):
     name: ClassVar[str] = "saliency"
 
     objective: Literal["loss", "entropy"] = "loss"
-    """Cross-entropy of labelled images, or the mean entropy of the predictions for unlabelled ones."""
+    """The task's loss on labelled images, or the mean entropy of the predictions for unlabelled ones."""
     absolute: bool = False
     """Whether to suspect the channels that matter most instead, for better or worse."""
     images: int = Field(500, ge=2)
@@ -39,18 +41,20 @@ class Saliency(Attack):
     @property
     def needs(self) -> Needs:
         """Two images, fewer of which have no batch statistics; labelled ones for the loss."""
-        return Needs(labelled=2) if self.objective == "loss" else Needs(unlabelled=2)
+        if self.objective == "loss":
+            return Needs(labelled=2)
+        return Needs(unlabelled=2, offers=frozenset({"logits"}))
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
         gated = Gated(case.copy(), case.sites)
         for layer in batchnorms(gated.network).values():
             layer.train(not self.freeze_norms)
-        inputs = (case.labelled.inputs if self.objective == "loss" else case.unlabelled)[: self.images]
+        examples = (case.labelled if self.objective == "loss" else case.unlabelled)[: self.images]
         slopes = [torch.zeros(len(gate), dtype=torch.float64) for gate in gated.gates.values()]
-        for chosen in torch.arange(len(inputs)).tensor_split(max(1, len(inputs) // self.batch_size)):
+        for chosen in torch.arange(len(examples)).tensor_split(max(1, len(examples) // self.batch_size)):
             with torch.enable_grad():
-                loss = self._loss(case, gated(inputs[chosen]), chosen)
+                loss = self._loss(case.task, gated, *examples.batch(chosen))
                 found = torch.autograd.grad(loss, list(gated.gates.values()), materialize_grads=True)
             for slope, more in zip(slopes, found, strict=True):
                 # A network that overflows has no slope there.
@@ -58,9 +62,9 @@ class Saliency(Attack):
         scores = [slope.abs() if self.absolute else slope for slope in slopes]
         return Claim(scores=dict(zip(gated.gates, scores, strict=True)))
 
-    def _loss(self, case: Case, outputs: Tensor, chosen: Tensor) -> Tensor:
-        """Summed over the images."""
+    def _loss(self, task: Task, network: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        """Summed over the examples."""
         if self.objective == "loss":
-            return F.cross_entropy(outputs, case.labelled.labels[chosen], reduction="sum")
-        logs = F.log_softmax(outputs, dim=1)
+            return task.loss(network, inputs, targets) * trees.size(inputs)
+        logs = F.log_softmax(task.logits(task.run(network, inputs)), dim=1)
         return -(logs.exp() * logs).sum()

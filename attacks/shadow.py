@@ -18,6 +18,7 @@ from deepenc.errors import ClaimError, DeepencError
 from deepenc.network.find import find_sites
 from deepenc.network.structure import named_tensors
 from deepenc.seeds import derive
+from deepenc.tasks.examples import joined
 from deepenc.victims.data.cache import cache_folder
 from deepenc.victims.victim import VictimSource
 
@@ -73,14 +74,14 @@ class Shadow(Attack):
 
     def _own(self, case: Case) -> Iterator[Own]:
         if not self.networks:
-            yield Own(case.encrypted, case.example, case.sites)
+            yield Own(case.encrypted, case.example, case.sites, case.task)
         for source in self.networks:
             network, example = source.network(cache_folder())
-            yield Own(network, example, tuple(find_sites(network, example)))
+            yield Own(network, example, tuple(find_sites(network, example)), case.task)
 
     def _encryptions(self, case: Case, own: Own, defense: Defense, number: int) -> Iterator[Sample]:
         """Every site of every encryption of one network."""
-        data = torch.cat([case.labelled.inputs, case.unlabelled])
+        data = joined([case.labelled, case.unlabelled])
         for key in range(self.encryptions):
             secret = derive(case.seed.to_bytes(32), "shadow", key, number, defense.name)
             yield from own.encrypted(defense, secret, data, self.features)

@@ -18,7 +18,7 @@ from deepenc.arena.metrics import checked_scores, judge, most_suspect
 from deepenc.arena.threat import Needs
 from deepenc.errors import ClaimError
 from deepenc.plugins import build
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
 
 
 class Tuned(Attack):
@@ -82,7 +82,7 @@ class Tuned(Attack):
                 try:
                     with portion(smaller, left + 1, reserve=left * len(validation)) as part:
                         network = claimed(attack, part)
-                    rate = judge(network, validation, case.classes, who=attack.name, device=case.device).value
+                    rate = judge(network, validation, case.task, who=attack.name, device=case.device).value
                 except Exception as error:  # whatever a setting makes the attack raise is that trial's end
                     failure = error
                     study.tell(trial, state=TrialState.FAIL)
@@ -92,13 +92,12 @@ class Tuned(Attack):
             raise failure
         return study.best_params
 
-    def split(self, case: Case) -> tuple[Images, Images]:
-        """The labelled images to train on, and those to judge by."""
+    def split(self, case: Case) -> tuple[Examples, Examples]:
+        """The labelled examples to train on, and those to judge by."""
         count = len(case.labelled)
         held = min(max(1, round(self.validation * count)), count - max(1, self.of.needs.labelled))
-        order = torch.randperm(count, generator=case.generator()).to(case.device)
-        inputs, labels = case.labelled.inputs[order], case.labelled.labels[order]
-        return Images(inputs[held:], labels[held:]), Images(inputs[:held], labels[:held])
+        order = torch.randperm(count, generator=case.generator())
+        return case.labelled[order[held:]], case.labelled[order[:held]]
 
 
 def claimed(attack: Attack, case: Case) -> torch.nn.Module:

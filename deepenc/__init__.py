@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deepenc.errors import DeepencError
     from deepenc.network.find import find_sites
     from deepenc.network.sites import Role, Site, Slot
+    from deepenc.report.evaluate import Report, evaluate
 
 _HOMES = {
     "deepenc.encryption.disk.checkpoint": ("Checkpoint", "load", "save"),
@@ -35,6 +36,7 @@ _HOMES = {
     "deepenc.network.find": ("find_sites",),
     "deepenc.analysis.folding": ("fold",),
     "deepenc.network.sites": ("Role", "Site", "Slot"),
+    "deepenc.report.evaluate": ("Report", "evaluate"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -47,6 +49,7 @@ __all__ = [
     "Hardening",
     "Key",
     "Placement",
+    "Report",
     "Role",
     "Site",
     "Slot",
@@ -54,6 +57,7 @@ __all__ = [
     "__version__",
     "decrypt",
     "encrypt",
+    "evaluate",
     "find_sites",
     "fold",
     "gain",

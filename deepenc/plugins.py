@@ -33,6 +33,8 @@ GROUPS = {
     "hardening": "deepenc.hardenings",
     "defense": "deepenc.defenses",
     "victim": "deepenc.victims",
+    "task": "deepenc.tasks",
+    "battery": "deepenc.batteries",
 }
 
 _PREFIX = "deepenc_plugin_"
@@ -356,8 +358,8 @@ def load_file(path: str | Path) -> list[type[Plugin]]:
     try:
         if not found:
             raise PluginError(
-                f"{path} defines no plugin; subclass Attack, Placement, Weights, Hardening or VictimSource, "
-                "and give the class a name"
+                f"{path} defines no plugin; subclass Attack, Placement, Weights, Hardening, Task or "
+                "VictimSource, and give the class a name"
             )
         for cls in found:
             register(cls, str(path))

@@ -17,7 +17,7 @@ MOST = 12
 """Modules in a folder of the core, beside its ``__init__.py``."""
 
 # What every room may import; none of these imports a room.
-GROUND = {f"deepenc.{name}" for name in ("errors", "files", "plainyaml", "plugins", "seeds")}
+GROUND = {f"deepenc.{name}" for name in ("errors", "files", "plainyaml", "plugins", "seeds", "trees")}
 
 # Each room, and the rooms it may import besides itself.
 CORE = dict.fromkeys(GROUND, GROUND) | {
@@ -26,8 +26,9 @@ CORE = dict.fromkeys(GROUND, GROUND) | {
     "deepenc.processes": GROUND,
     "deepenc.network": GROUND,
     "deepenc.analysis": {*GROUND, "deepenc.network"},
-    "deepenc.encryption": {*GROUND, "deepenc.network", "deepenc.analysis"},
-    "deepenc.victims": {*GROUND, "deepenc.network", "deepenc.analysis"},
+    "deepenc.tasks": {*GROUND, "deepenc.network", "deepenc.analysis"},
+    "deepenc.encryption": {*GROUND, "deepenc.network", "deepenc.analysis", "deepenc.tasks"},
+    "deepenc.victims": {*GROUND, "deepenc.network", "deepenc.analysis", "deepenc.tasks"},
 }
 PLUGINS = {"defenses": {*CORE["deepenc.encryption"], "deepenc.encryption", "deepenc.victims"}}
 CORE["deepenc.arena"] = {*PLUGINS["defenses"], "deepenc.processes"}
@@ -35,7 +36,7 @@ CORE["deepenc.study"] = {*CORE["deepenc.arena"], "deepenc.arena"}
 CORE["deepenc.report"] = {*CORE["deepenc.study"], "deepenc.study"}
 CORE["deepenc.config"] = CORE["deepenc.report"]
 CORE["deepenc.cli"] = {*CORE["deepenc.report"], "deepenc.report", "deepenc.config"}
-CORE["deepenc"] = {*CORE["deepenc.encryption"], "deepenc.encryption"}
+CORE["deepenc"] = {*CORE["deepenc.report"], "deepenc.report"}
 PLUGINS["attacks"] = {*PLUGINS["defenses"], "deepenc.arena"}
 OURS = {"deepenc", "attacks", "defenses", "benchmarks", "tests"}
 

@@ -124,7 +124,7 @@ def test_the_tables_of_plugins_are_those_of_the_registry(page: str, what: str, t
 
 
 def test_the_combinations_of_the_attacks_page_can_be_meant() -> None:
-    from deepenc.arena.plan import Entry
+    from deepenc.arena.entry import Entry
 
     (block,) = blocks("docs/attacks.md", "yaml")
     entries = [Entry.model_validate(spec) for spec in yaml.safe_load(block)["attacks"]]

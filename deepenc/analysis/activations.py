@@ -11,29 +11,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from deepenc.network.calling import removed
+from deepenc import trees
+from deepenc.network.calling import call, removed
 from deepenc.network.sites import Role, Site, Slot
 
 
 def observe(
-    network: nn.Module, sites: Sequence[Site], inputs: Tensor, see: Callable[[Site, Tensor], Any]
+    network: nn.Module, sites: Sequence[Site], inputs: Any, see: Callable[[Site, Tensor], Any]
 ) -> None:
     """Show the values of every site's channels: as a consumer sees them, else as their producer makes them.
 
     Args:
         network: In eval mode; it stays as it is. Its hooks run.
         sites: Its sites; one whose layers are run by no module of their own is not shown.
-        inputs: ``(images, ...)``, run at once.
+        inputs: A batch, run at once.
         see: Called with each site and its values, ``(images, width, positions)``, once a site.
     """
     shown: set[str] = set()
+    count = trees.size(inputs)
 
     def show(site: Site, slot: Slot, dim: int, _: nn.Module, *passing: Any) -> None:
         values = passing[-1][0] if isinstance(passing[-1], tuple) and passing[-1] else passing[-1]
         if site.name in shown or not isinstance(values, Tensor):
             return
         shown.add(site.name)
-        see(site, _channels(values.detach(), len(inputs), site, slot, dim))
+        see(site, _channels(values.detach(), count, site, slot, dim))
 
     handles = []
     modules = dict(network.named_modules())
@@ -45,7 +47,7 @@ def observe(
             else:
                 handles.append(module.register_forward_hook(hook))
     with removed(handles), torch.no_grad():
-        network(inputs)
+        call(network, inputs)
 
 
 def _places(modules: Mapping[str, nn.Module], site: Site) -> Iterator[tuple[Slot, nn.Module, int]]:

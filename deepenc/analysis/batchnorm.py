@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepenc.network.calling import removed
+from deepenc import trees
+from deepenc.network.calling import call, removed
 
 CHUNK = 64
 """Inputs at a time."""
@@ -78,12 +78,12 @@ def batchnorms(network: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def norm_moments(network: nn.Module, inputs: Tensor, *, live: bool = False) -> dict[str, Moments]:
+def norm_moments(network: nn.Module, inputs: Any, *, live: bool = False) -> dict[str, Moments]:
     """Statistics of what each BatchNorm layer gets, measured on given inputs.
 
     Args:
         network: In eval mode; it stays as it is. Its hooks run: a metered network is charged.
-        inputs: ``(images, ...)``, at least one, two where `live`.
+        inputs: A batch, at least one, two where `live`.
         live: Whether all layers normalise by the batch; else by their running statistics.
 
     Returns:
@@ -98,8 +98,8 @@ def norm_moments(network: nn.Module, inputs: Tensor, *, live: bool = False) -> d
 
     handles = [layer.register_forward_pre_hook(partial(see, path)) for path, layer in layers.items()]
     with removed(handles), torch.no_grad(), batch_statistics(network) if live else nullcontext():
-        for chunk in torch.tensor_split(inputs, math.ceil(len(inputs) / CHUNK)):
-            network(chunk)
+        for chunk in trees.chunks(inputs, CHUNK):
+            call(network, chunk)
     return {path: pooled(parts) for path, parts in seen.items()}
 
 
@@ -123,7 +123,7 @@ def batch_moments(network: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
-def reestimate(network: nn.Module, inputs: Tensor) -> None:
+def reestimate(network: nn.Module, inputs: Any) -> None:
     """Replace all running statistics by those of the given inputs, in place.
 
     Every layer sees inputs that the layers before it normalised by the batch, as in training. All else
@@ -131,14 +131,14 @@ def reestimate(network: nn.Module, inputs: Tensor) -> None:
 
     Args:
         network: Any network; one without BatchNorm stays as it is.
-        inputs: ``(images, ...)``, at least two.
+        inputs: A batch, at least two.
     """
     found = list(batchnorms(network).values())
     if not found:
         return
     with torch.no_grad(), _measuring(network, found):
-        for chunk in inputs.tensor_split(math.ceil(len(inputs) / CHUNK)):
-            network(chunk)
+        for chunk in trees.chunks(inputs, CHUNK):
+            call(network, chunk)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deepenc import trees
 from deepenc.analysis.batchnorm import Moments, batchnorms, distance, stored
 from deepenc.analysis.readers import (
     ENTRIES,
@@ -31,7 +32,7 @@ from deepenc.analysis.readers import (
     silenced,
 )
 from deepenc.errors import SiteError
-from deepenc.network.calling import removed
+from deepenc.network.calling import call, removed
 from deepenc.network.sites import Role, Site, Slot
 
 GUESSES = 4096
@@ -145,7 +146,7 @@ Solve = Callable[[Site, Evidence], Sequence[int]]
 
 
 def decode(
-    network: nn.Module, sites: Sequence[Site], inputs: Tensor, solve: Solve, *, own: float = 1.0
+    network: nn.Module, sites: Sequence[Site], inputs: Any, solve: Solve, *, own: float = 1.0
 ) -> dict[str, tuple[int, ...]]:
     """Decide on one site after the other, each on evidence that those before it no longer spoil.
 
@@ -155,7 +156,7 @@ def decode(
     Args:
         network: In eval mode; it stays as it is. Its hooks run, for at most two inputs more than given.
         sites: Its sites.
-        inputs: ``(images, ...)``, run at once.
+        inputs: A batch, run at once.
         solve: From a site and its evidence to the channels to remove.
         own: Weight of the channels' own statistics beside those of the rows behind; where there are no such
             rows, they decide alone.
@@ -163,25 +164,25 @@ def decode(
     Returns:
         Site name to the removed channels, ascending, of the sites that could be checked.
     """
-    run = _Pass(network, readers(network, sites, inputs[:2]), solve, own)
+    run = _Pass(network, readers(network, sites, trees.take(inputs, slice(2))), solve, own)
     modules = dict(network.named_modules())
     handles = [layer.register_forward_pre_hook(run.normalised) for layer in batchnorms(network).values()]
     for site in sites:
         for path, slot in outgoing(modules, site):
             handles.append(modules[path].register_forward_pre_hook(partial(run.read, site, slot)))
     with removed(handles), torch.no_grad():
-        network(inputs)
+        call(network, inputs)
     return run.gone
 
 
-def evidence_of(network: nn.Module, site: Site, inputs: Tensor, *, own: float = 1.0) -> Evidence:
+def evidence_of(network: nn.Module, site: Site, inputs: Any, *, own: float = 1.0) -> Evidence:
     """The evidence on one site, the rest of the network as it is.
 
     Args:
         network: As for `decode`; without the confusion channels of the sites before, the better they are
             known, the better.
         site: The site.
-        inputs: ``(images, ...)``.
+        inputs: A batch.
         own: As for `decode`.
 
     Raises:
@@ -202,7 +203,7 @@ def evidence_of(network: nn.Module, site: Site, inputs: Tensor, *, own: float = 
     return found[0]
 
 
-def verify(network: nn.Module, site: Site, channels: Sequence[int], inputs: Tensor) -> float:
+def verify(network: nn.Module, site: Site, channels: Sequence[int], inputs: Any) -> float:
     """How implausible it is that these are a site's confusion channels; 0 where everything agrees.
 
     Since it needs no other site's key, a key is found site by site: the cost of a search is the sum of the

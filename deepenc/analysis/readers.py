@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from deepenc.analysis.batchnorm import batchnorms
-from deepenc.network.calling import removed
+from deepenc.network.calling import call, removed
 from deepenc.network.sites import Role, Site, Slot
 
 ENTRIES = 2**24
@@ -39,7 +39,7 @@ class NormedConsumer:
     slot: Slot
 
 
-def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[str, list[NormedConsumer]]:
+def readers(network: nn.Module, sites: Sequence[Site], inputs: Any) -> dict[str, list[NormedConsumer]]:
     """Find what can be checked: the consumers of each site whose outputs go into a BatchNorm.
 
     They are told by their values: the BatchNorm's input holds the consumer's output, alone or concatenated
@@ -76,7 +76,7 @@ def readers(network: nn.Module, sites: Sequence[Site], inputs: Tensor) -> dict[s
     for path, norm in batchnorms(network).items():
         handles.append(norm.register_forward_pre_hook(partial(normalised, path)))
     with removed(handles), torch.no_grad():
-        network(inputs)
+        call(network, inputs)
     order = list(runs)
     result = {}
     for name, places in slots.items():

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from deepenc.analysis.batchnorm import Moments
 from deepenc.analysis.folding import absorb, rescale
-from deepenc.network.calling import removed
+from deepenc.network.calling import call, removed
 
 NAME = "_norm_behind"
 """Of the BatchNorm, as a part of its convolution."""
@@ -27,7 +27,7 @@ CONSTANT = 1e-12
 
 @contextmanager
 def renormalised(
-    network: nn.Module, paths: Sequence[str], inputs: Tensor, largest: float = math.inf
+    network: nn.Module, paths: Sequence[str], inputs: Any, largest: float = math.inf
 ) -> Iterator[dict[str, _BatchNorm]]:
     """Put a BatchNorm behind convolutions; afterwards each is folded into its convolution.
 
@@ -38,7 +38,7 @@ def renormalised(
     Args:
         network: Changed in place; in eval mode, now and when it comes back.
         paths: Convolutions, from `Run.unnormalised`; one whose outputs are not finite gets no BatchNorm.
-        inputs: ``(images, ...)`` to measure deviations on, run at once; a metered network is charged.
+        inputs: A batch to measure deviations on, run at once; a metered network is charged.
         largest: Largest deviation, in medians of those of the first convolution's channels.
 
     Yields:
@@ -66,7 +66,7 @@ def renormalised(
     try:
         handles = [layer.register_forward_hook(partial(measure, path)) for path, layer in layers.items()]
         with removed(handles), torch.no_grad():
-            network(inputs)
+            call(network, inputs)
         with removed([layers[path].register_forward_hook(_through) for path in norms]):
             yield norms
     finally:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from deepenc.arena.case import Case, Release
 from deepenc.arena.oracle import Oracle
@@ -24,9 +28,11 @@ from deepenc.network.sites import Role, Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import replace_widened
 from deepenc.seeds import derive, number
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Task
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit as train
-from deepenc.victims.victim import Images, Victim
+from deepenc.victims.victim import Victim
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +50,8 @@ class Subject:
             TraceError: Its operators cannot be followed.
             SiteError: It has no site.
         """
-        return cls(victim, tuple(find_sites(victim.model, victim.example)))
+        sites = find_sites(victim.model, victim.example, streams=victim.streams, scope=victim.scope)
+        return cls(victim, tuple(sites))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +93,8 @@ class Encryption:
             defense,
             secret=secret,
             sites=subject.sites,
-            data=victim.defender.inputs.clone(),
+            data=victim.defender.kept(),
+            task=victim.task,
         )
         return cls._made(subject, defense, network, key, secret)
 
@@ -116,7 +124,8 @@ class Encryption:
             example=victim.example,
             previous=replace_widened(self.subject.victim.model, self.tensors, self.key.layout()),
             secret=secret,
-            data=victim.defender.inputs.clone(),
+            data=victim.defender.kept(),
+            task=victim.task,
         )
         return self._made(subject, self.defense, network, key, secret)
 
@@ -143,7 +152,7 @@ class Encryption:
                 model = _plain_copy(victim.model, torch.device("cpu"))
                 generator = torch.Generator().manual_seed(number(derive(secret, "drift")))
                 recipe = Recipe(steps=drift, lr=0.01, final_lr=0.01)
-                train(model, victim.defender, recipe, generator)
+                train(model, victim.task, victim.defender, recipe, generator)
                 victim = replace(victim, model=model)
             last = last.again(Subject(victim, self.subject.sites), secret)
             yield last
@@ -178,9 +187,9 @@ def build_case(
 
     Args:
         encryption: What is attacked.
-        threat: What the attacker knows, holds and may spend; no more images than the victim's attacker
-            part has.
-        seed: The attacker's own seed, which also draws its images, in [0, 2**63).
+        threat: What the attacker knows, holds and may spend; no more examples than the victim's
+            attacker part has.
+        seed: The attacker's own seed, which also draws its examples, in [0, 2**63).
         leak_seed: Draws the positions that leak; not to be told to the attacker.
         device: Where the networks and images shall be.
     """
@@ -188,7 +197,7 @@ def build_case(
     meter = Meter(threat)
     public = victim.public if threat.public_checkpoint else None
     sites = key.layout().widened_sites()
-    labelled, unlabelled = _draw_images(victim.attacker, threat, seed)
+    labelled, unlabelled = draw(victim.attacker, victim.task, threat, seed)
     widened = {
         slot.tensor: slot.role for site in sites for slot in site.slots if key.positions.get(site.name)
     }
@@ -200,10 +209,10 @@ def build_case(
         sites=sites,
         allocation=dict(key.allocation) if threat.allocation else None,
         known=_leak(key.positions, threat.key_fraction, leak_seed),
-        labelled=Images(labelled.inputs.to(device), labelled.labels.to(device)),
+        labelled=labelled.to(device),
         unlabelled=unlabelled.to(device),
-        classes=victim.classes,
-        example=torch.zeros_like(victim.example, device=device),
+        task=victim.task,
+        example=tree_map(partial(_emptied, device=device), victim.example),
         defense=encryption.defense.spec(),
         threat=threat.model_copy(),  # its own: a frozen model can be written to by force
         seed=seed,
@@ -234,11 +243,27 @@ def _release(encryption: Encryption, threat: Threat, device: torch.device, meter
     )
 
 
-def _draw_images(images: Images, threat: Threat, seed: int) -> tuple[Images, Tensor]:
-    """Labelled and unlabelled images, disjoint, the same for the same seed; copies."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
+def draw(examples: Examples, task: Task, threat: Threat, seed: int) -> tuple[Examples, Examples]:
+    """Labelled and unlabelled examples, disjoint, the same for the same seed; copies, or read when needed."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(examples)))
+    if threat.balanced and threat.labelled and "labels" in task.offers:
+        order = order[_in_turn(task.labels(examples[order].targets).cpu())]
     first, second = order[: threat.labelled], order[threat.labelled : threat.labelled + threat.unlabelled]
-    return Images(images.inputs[first], images.labels[first]), images.inputs[second]
+    return examples[first], examples[second].without_targets()
+
+
+def _in_turn(labels: Tensor) -> Tensor:
+    """An order in which the classes take turns, each in its own order, ``(examples,)``."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for label in labels.tolist():
+        turns.append(seen[label])
+        seen[label] += 1
+    return torch.tensor(turns).argsort(stable=True)
+
+
+def _emptied(leaf: Any, device: torch.device) -> Any:
+    return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
 
 
 def _leak(positions: Mapping[str, tuple[int, ...]], fraction: float, seed: int) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,8 @@ from deepenc.errors import ClaimError
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.plugins import Plugin
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Task
 
 Weakness = Literal["loud", "duplicates", "defaults", "statistics", "noise", "damage", "clones"]
 """What planted confusion channels give away (`deepenc.arena.checks.planted`)."""
@@ -48,10 +49,10 @@ class Case:
             traces the network finds the same.
         allocation: Confusion channels per site, or None where the threat model withholds it.
         known: Confusion positions that leaked, per site, empty unless ``threat.key_fraction > 0``.
-        labelled: Labelled images; may be of length 0.
-        unlabelled: Unlabelled inputs, ``(images, ...)``; may be of length 0.
-        classes: Number of classes.
-        example: One input, as a batch of one.
+        labelled: Examples with their targets; may be none.
+        unlabelled: Examples without targets; may be none.
+        task: What the network is for: how a batch is run, its loss, what its outputs say.
+        example: An input without content (zeros), as a batch of one.
         defense: Name and public parameters of the defense.
         threat: What the attacker knows, holds and may spend.
         seed: The attacker's own seed, in [0, 2**63).
@@ -63,9 +64,9 @@ class Case:
     sites: tuple[Site, ...]
     allocation: Mapping[str, int] | None
     known: Mapping[str, tuple[int, ...]]
-    labelled: Images
-    unlabelled: Tensor
-    classes: int
+    labelled: Examples
+    unlabelled: Examples
+    task: Task
     example: Any
     defense: Mapping[str, Any]
     threat: Threat
@@ -78,8 +79,8 @@ class Case:
     public: nn.Module | None = field(default=None, repr=False)
     """The public network that the victim was fine-tuned from, in eval mode; its layers have the victim's
     names, its head may differ. None where the threat model gives none, or there is none."""
-    oracle: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
-    """The authorised model: inputs ``(n, ...)`` to logits ``(n, classes)``, ``n`` queries. None where the
+    oracle: Callable[[Any], Any] | None = field(default=None, repr=False)
+    """The authorised model: a batch of inputs to its outputs, a query for each. None where the
     threat model allows no queries."""
     releases: tuple[Release, ...] = ()
 

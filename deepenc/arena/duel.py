@@ -23,7 +23,7 @@ from deepenc.errors import ClaimError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.processes.residue import Surroundings
 from deepenc.seeds import derive, isolated, number
-from deepenc.victims.victim import Images, Victim
+from deepenc.victims.victim import Victim
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _begun(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
             "key_bits": float(key.entropy),
             "secret_bytes": secret_bytes(key),
         }
-        if lacking := _lacking(threat, encrypted.subject.victim):
+        if lacking := _lacking(cell.entry.attack, threat, encrypted.subject.victim):
             return duel.record(state="unsupported", reason=lacking, **known)
         with isolated(duel.seed, duel.device):
             case = build_case(encrypted, threat, duel.seed, duel.leak_seed, torch.device(duel.device))
@@ -128,7 +128,7 @@ class Measured:
     detection: Detection | None = None
 
 
-def measure(claim: Claim, case: Case, encrypted: Encryption, label: str, images: int | None) -> Measured:
+def measure(claim: Claim, case: Case, encrypted: Encryption, label: str, examples: int | None) -> Measured:
     """Measure what a claim is worth.
 
     Args:
@@ -136,7 +136,7 @@ def measure(claim: Claim, case: Case, encrypted: Encryption, label: str, images:
         case: The case it was made for.
         encrypted: What was attacked; only here is the key looked at.
         label: The attack's, for messages.
-        images: Judge's images at most; None is all.
+        examples: Judge's examples at most; None is all.
 
     Raises:
         ClaimError: The claim does not have the form that can be judged.
@@ -152,22 +152,23 @@ def measure(claim: Claim, case: Case, encrypted: Encryption, label: str, images:
             network, removed = remove(fresh(encrypted, case.device), layout), True
     score = None
     if network is not None:
-        score = judged(network, encrypted.subject.victim, label, images, case.device)
+        score = judged(network, encrypted.subject.victim, label, examples, case.device)
     return Measured(score, removed, found)
 
 
-def judged(network: nn.Module, victim: Victim, who: str, images: int | None, device: torch.device) -> Score:
-    """Score on the judge's images; with fewer than all, always on the same ones."""
+def judged(network: nn.Module, victim: Victim, who: str, examples: int | None, device: torch.device) -> Score:
+    """Score on the judge's examples; with fewer than all, always on the same ones."""
     part = victim.judge
-    if images is not None and images < len(part):
-        chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(part))[:images]))
-        part = Images(part.inputs[chosen], part.labels[chosen])
-    with independent(network, part, victim.classes, who=who, device=device):
-        return judge(network, part, victim.classes, who=who, device=device)
+    if examples is not None and examples < len(part):
+        part = part[torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(part))[:examples]))]
+    with independent(network, part, victim.task, who=who, device=device):
+        return judge(network, part, victim.task, who=who, device=device)
 
 
-def _lacking(threat: Threat, victim: Victim) -> str | None:
-    """What a threat model promises that there is not, in words."""
+def _lacking(attack: Attack, threat: Threat, victim: Victim) -> str | None:
+    """What the attack needs of the task, or the threat model grants, and this victim has not, in words."""
+    if lacks := attack.needs.lacking(victim.task):
+        return f"the task {victim.task.name!r} does not offer what the attack needs: {', '.join(lacks)}"
     if threat.public_checkpoint and victim.public is None:
         return (
             f"threat {threat.name!r} gives the attacker the public network that the victim was fine-tuned "
@@ -178,7 +179,7 @@ def _lacking(threat: Threat, victim: Victim) -> str | None:
         return None
     return (
         f"threat {threat.name!r} gives the attacker {threat.labelled} labelled and {threat.unlabelled} "
-        f"unlabelled images, together {wanted}; the attacker's part of {victim.name!r} has {held}: ask for "
+        f"unlabelled examples, together {wanted}; the attacker's part of {victim.name!r} has {held}: ask for "
         "fewer"
     )
 

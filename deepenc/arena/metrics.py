@@ -1,4 +1,4 @@
-"""What an attacker really got: accuracy of a network, and quality of suspicion scores."""
+"""What an attacker really got: the score of a network, and the quality of suspicion scores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,21 +14,20 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.arena.outcomes import pack
 from deepenc.arena.record import Detection, Score
 from deepenc.errors import ClaimError
 from deepenc.network.sites import Site
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Outcome, Task
 
 log = logging.getLogger(__name__)
 
-FEW = 10
-"""Classes up to which the five highest say nothing worth counting."""
-
 ALONE, COMPANY = 16, 256
-"""Images, about, that are shown to a claimed network on their own, and at once."""
+"""Examples, about, that are shown to a claimed network on their own, and at once."""
 ROUNDING = 1e-2
-"""Share of the spread of an image's outputs that another batch size may change: bfloat16 rounds by 4e-3."""
+"""Share of the spread of an example's outputs that another batch size may change: bfloat16 rounds by 4e-3."""
 
 Scores = dict[str, np.ndarray]
 """Site name -> suspicion per channel, float64, ``(width,)``."""
@@ -35,87 +35,88 @@ Scores = dict[str, np.ndarray]
 
 def judge(
     network: nn.Module,
-    images: Images,
-    classes: int,
+    examples: Examples,
+    task: Task,
     *,
     who: str,
     device: torch.device | str = "cpu",
     batch: int = 256,
 ) -> Score:
-    """Count the images that a network classifies right, in eval mode and without gradients.
+    """What a network is worth at a task, in eval mode and without gradients.
 
-    An image whose outputs hold a NaN has no readable class: it counts as wrong, and `Score.unreadable`
-    says how many there were, so that a network of NaNs is not mistaken for one that merely guesses badly.
-    Of equal outputs the first class is named first, for top-1 and top-5 alike.
+    An example for which the outputs hold a NaN has no readable answer: it counts as wrong, and
+    `Score.unreadable` says how many there were, so that a network of NaNs is not mistaken for one that merely
+    guesses badly.
 
     Args:
-        network: Maps ``(batch, ...)`` to ``(batch, classes)``.
-        images: The judge's images, at least one.
-        classes: Number of classes.
+        network: Does the task.
+        examples: The judge's, at least one.
+        task: The task.
         who: The plugin that claims the network, for messages.
         device: Where to run.
-        batch: Images at a time.
+        batch: Examples at a time.
 
     Raises:
-        ClaimError: The outputs are not a floating-point tensor of shape ``(batch, classes)``.
+        ClaimError: The outputs do not have the task's form.
     """
     network = network.to(device).eval()
     unreadable = 0
-    outcomes: list[np.ndarray] = []
+    outcomes: list[Outcome] = []
     with torch.no_grad():
-        for indices in torch.split(torch.arange(len(images)), batch):
-            outputs = _answers(network, images, indices, classes, who, device)
-            labels = images.labels[indices].to(device)
-            nan = outputs.isnan().any(dim=1)
-            order = outputs.argsort(dim=1, descending=True, stable=True)[:, :5]
-            hits = (order == labels[:, None]) & ~nan[:, None]
-            within = torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
-            outcomes += list(within.double().cpu().numpy())
-            unreadable += int(nan.sum())
+        for inputs, targets in examples.to(device).batches(batch):
+            outputs = _answers(network, inputs, task, who)
+            outcomes += task.outcomes(outputs, targets)
+            unreadable += sum(task.unreadable(outputs))
     if unreadable:
-        log.warning("%s: %d of %d outputs are NaN; they count as wrong", who, unreadable, len(images))
-    first, fifth = np.mean(outcomes, axis=0)
+        log.warning("%s: %d of %d outputs are NaN; they count as wrong", who, unreadable, len(examples))
+    worth = task.worth(outcomes)
     return Score(
-        value=float(first),
-        examples=len(images),
+        measure=task.measure,
+        value=worth.value,
+        examples=len(examples),
         unreadable=unreadable,
-        further={"top-5": float(fifth)} if classes > FEW else {},
-        outcomes=pack(outcomes if classes > FEW else [outcome[:1] for outcome in outcomes]),
+        further=worth.further,
+        outcomes=pack(outcomes),
     )
 
 
 @contextmanager
 def independent(
-    network: nn.Module, images: Images, classes: int, *, who: str, device: torch.device | str = "cpu"
+    network: nn.Module, examples: Examples, task: Task, *, who: str, device: torch.device | str = "cpu"
 ) -> Iterator[None]:
-    """Judge inside a network whose answer to an image depends on that image alone.
+    """Judge inside a network whose answer to an example depends on that example alone.
 
-    The judge's images are for measuring: a network that adapts to them, by the statistics of its batch or by
-    what it was given before, is refused. Some images are shown on their own, before the network has seen any
-    other, and at the end among others; the answers must agree, and the network be what it was.
+    The judge's examples are for measuring: a network that adapts to them, by the statistics of its batch or
+    by what it was given before, is refused. Some examples are shown on their own, before the network has seen
+    any other, and at the end among others; the answers must agree, and the network be what it was.
 
     Args:
         network: As for `judge`.
-        images: As for `judge`.
-        classes: As for `judge`.
+        examples: As for `judge`.
+        task: As for `judge`.
         who: As for `judge`.
         device: As for `judge`.
 
     Raises:
-        ClaimError: Answers depend on other images, or the network changes while it is judged.
+        ClaimError: Answers depend on other examples, or the network changes while it is judged.
     """
     network = network.to(device).eval()
     before = _state(network)
-    asked = torch.arange(0, len(images), max(1, len(images) // ALONE))
-    others = torch.cat([asked, torch.arange(len(images))])[:COMPANY].flip(0)
+    asked = torch.arange(0, len(examples), max(1, len(examples) // ALONE))
+    others = torch.cat([asked, torch.arange(len(examples))])[:COMPANY].flip(0)
+    there = examples.to(device)
+
+    def ask(index: Tensor) -> Any:
+        return _answers(network, there.batch(index).inputs, task, who)
+
     with torch.no_grad():
-        alone = torch.cat([_answers(network, images, one, classes, who, device) for one in asked[:, None]])
+        alone = trees.join([ask(one) for one in asked[:, None]])
         yield
-        among = _answers(network, images, others, classes, who, device).flip(0)[: len(asked)]
-    if differing := int((~_alike(alone, among)).sum()):
+        among = trees.take(ask(others), torch.arange(len(others) - 1, len(others) - 1 - len(asked), -1))
+    if differing := task.alike(alone, among, ROUNDING).count(False):
         raise ClaimError(
-            f"attack {who!r}: expected a network whose answer to an image depends on that image alone; for "
-            f"{differing} of {len(asked)} images it depends on the images beside or before it; set "
+            f"attack {who!r}: expected a network whose answer to an example depends on that example alone; "
+            f"for {differing} of {len(asked)} examples it depends on the examples beside or before it; set "
             "BatchNorm's statistics, and all that is random, before the network is claimed"
         )
     after = _state(network)
@@ -126,12 +127,12 @@ def independent(
         )
 
 
-def _answers(
-    network: nn.Module, images: Images, indices: Tensor, classes: int, who: str, device: torch.device | str
-) -> Tensor:
-    """Outputs for some images, ``(indices, classes)``."""
-    inputs = images.inputs[indices].to(device)  # indexing copies: the network may write to its input
-    return _checked_outputs(network(inputs), (len(inputs), classes), who)
+def _answers(network: nn.Module, inputs: Any, task: Task, who: str) -> Any:
+    """Outputs for a batch that is the network's own, which it may write to."""
+    outputs = task.run(network, inputs)
+    if wrong := task.complaint(outputs, inputs):
+        raise ClaimError(f"attack {who!r}: {wrong}; return a network that answers as the victim does")
+    return outputs
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
@@ -140,26 +141,6 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
 
 def _identical(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
-
-
-def _alike(first: Tensor, second: Tensor) -> Tensor:
-    """Which rows of two ``(images, classes)`` are equal but for what rounding explains, ``(images,)``."""
-    one, two = first.double().cpu(), second.double().cpu()
-    finite = one.isfinite() & two.isfinite()
-    plain = torch.where(finite, one, 0)
-    tolerance = ROUNDING * (plain.amax(1) - plain.amin(1) + ROUNDING * plain.abs().amax(1))
-    close = torch.where(finite, (one - two).abs() <= tolerance[:, None], one == two)
-    return (close | (one.isnan() & two.isnan())).all(dim=1)
-
-
-def _checked_outputs(outputs: object, shape: tuple[int, int], who: str) -> Tensor:
-    got = f"{tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != shape or not outputs.is_floating_point():
-        raise ClaimError(
-            f"attack {who!r}: expected a network with outputs of shape (batch, classes) = {shape}, "
-            f"floating point; got {got}; return a network that classifies as the victim does"
-        )
-    return outputs
 
 
 def checked_scores(scores: Mapping[str, Tensor], sites: Sequence[Site], who: str) -> Scores:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from deepenc import trees
 from deepenc.arena.threat import Meter
+from deepenc.network.calling import call
 
 # The models stay here: whatever is looked up on an oracle leads to a number.
 _authorised: dict[int, tuple[nn.Module, torch.device]] = {}
@@ -16,7 +19,7 @@ _numbers = itertools.count()
 
 
 class Oracle:
-    """Answers inputs ``(n, ...)`` with logits ``(n, classes)``, and charges ``n`` queries.
+    """Answers a batch of inputs with the model's outputs, and charges a query for each.
 
     Args:
         model: The victim's network; it is run where it is.
@@ -30,18 +33,18 @@ class Oracle:
         _authorised[self._number] = (model, device)
         weakref.finalize(self, _authorised.pop, self._number)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Any) -> Any:
         """Ask.
 
         Raises:
             OutOfBudget: The threat model allows fewer queries.
         """
-        self._meter.charge(queries=len(inputs))
+        self._meter.charge(queries=trees.size(inputs))
         model, device = _authorised[self._number]
         home = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            answers: Tensor = model(inputs.detach().to(home, copy=True))
-        return answers.to(device, copy=True)
+            answers = call(model, trees.move(inputs, home, copy=True))
+        return trees.move(answers, device, copy=True)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Oracle:
         """Releases of a case ask the same model."""

@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepenc.errors import StoreError
-
-Outcome = NDArray[np.float64]
-"""Of one example, ``(numbers,)``."""
+from deepenc.tasks.task import Outcome
 
 
 def pack(outcomes: Sequence[Outcome]) -> str:

@@ -11,75 +11,18 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deepenc.arena.case import Attack
+from deepenc.arena.battery import battery
+from deepenc.arena.entry import Entry
 from deepenc.arena.provenance import code_version, core_version
 from deepenc.arena.record import Record
-from deepenc.arena.threat import Budget, Threat
+from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import ConfigError, PluginError
-from deepenc.plugins import get, names, parse, parts_of
+from deepenc.plugins import get, names, parts_of
 from deepenc.seeds import Roots, derive, number
 from deepenc.victims.victim import VictimSource
 
 log = logging.getLogger(__name__)
-
-
-class Curve(BaseModel):
-    """One budget of the threat models, over a grid.
-
-    Attributes:
-        over: Which.
-        values: The grid, in any order.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    over: Budget
-    values: tuple[float, ...] = Field(min_length=1)
-
-
-class Entry(BaseModel):
-    """An attack in an experiment.
-
-    Attributes:
-        attack: The attack, or its spec. In YAML the entry itself may be the spec, with the other fields
-            beside the attack's own parameters.
-        threats: Names of the threat models it runs under; default: all.
-        victims: Labels of the victims it is run on; default: all. (An attacker's own network must be
-            another one than the victim.)
-        label: How tables call it; default: the attack's name.
-        keys: Keys it is fought under at most; default: the experiment's.
-        curve: In place of each threat model the attack meets one for every value of a budget, and at each
-            so do the references.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    attack: Attack
-    threats: tuple[str, ...] | None = None
-    victims: tuple[str, ...] | None = None
-    label: str = ""
-    keys: int | None = Field(None, ge=1)
-    curve: Curve | None = None
-
-    def meets(self, threat: Threat) -> tuple[Threat, ...]:
-        """The threat models that one of the experiment's stands for."""
-        if self.threats is not None and threat.name not in self.threats:
-            return ()
-        if self.curve is None:
-            return (threat,)
-        return tuple(threat.at(self.curve.over, value) for value in self.curve.values)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_spec(cls, data: Any) -> Any:
-        if isinstance(data, Attack):
-            return {"attack": data, "label": data.name}
-        if isinstance(data, Mapping) and "attack" in data:
-            return data
-        spec = parse(data)
-        own = {key: spec.pop(key) for key in cls.model_fields if key in spec and key != "attack"}
-        return {"attack": spec, "label": spec["name"]} | own
 
 
 class Experiment(BaseModel):
@@ -91,8 +34,9 @@ class Experiment(BaseModel):
         name: Name of the run's folder.
         victims: Networks and data.
         defenses: Defenses, by name or as mappings.
-        attacks: Attacks, by name or as mappings.
-        threats: Threat models.
+        attacks: Attacks, by name or as mappings; or the name of a battery.
+        threats: Threat models; default: those of the battery.
+        battery: The battery, where one was named.
         keys: Keys per defense; a number without a second key has no interval.
         repeats: Attack seeds per key.
         seed: Root of all keys. Leave it out, and each run draws its own: whoever guesses the seed has the
@@ -108,11 +52,24 @@ class Experiment(BaseModel):
     defenses: tuple[Defense, ...] = Field(min_length=1)
     attacks: tuple[Entry, ...] = Field(min_length=1)
     threats: tuple[Threat, ...] = Field(min_length=1)
+    battery: str | None = None
     keys: int = Field(3, ge=1)
     repeats: int = Field(1, ge=1)
     seed: int | None = None
     judge: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_battery(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("attacks"), str):
+            return data
+        try:
+            found = battery(data["attacks"])
+        except PluginError as error:
+            raise ConfigError(f"{error}; or list attacks", ("attacks",)) from error
+        given = {"threats": found.threats} | dict(data)
+        return given | {"attacks": found.attacks, "battery": found.name}
 
     @model_validator(mode="after")
     def _labels_distinct(self) -> Self:
@@ -143,6 +100,7 @@ class Experiment(BaseModel):
                 for e in self.attacks
             ],
             "threats": [t.model_dump() for t in self.threats],
+            "battery": self.battery,
             "keys": self.keys,
             "repeats": self.repeats,
             "seed": self.seed,

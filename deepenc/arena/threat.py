@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from deepenc import trees
 from deepenc.errors import ClaimError, OutOfBudget
+from deepenc.tasks.task import Offer, Task
 
 Budget = Literal[
     "labelled", "unlabelled", "samples", "steps", "key_fraction", "releases", "drift", "oracle", "trials"
@@ -34,8 +35,9 @@ class Threat(BaseModel):
         architecture: Whether the attacker knows the victim's architecture, widths included.
         allocation: Whether the attacker knows ΔC per site (the paper's white box).
         key_fraction: Fraction of all confusion positions that the attacker knows, in [0, 1].
-        labelled: Labelled images the attacker holds.
-        unlabelled: Unlabelled images the attacker holds, none of them among the labelled.
+        labelled: Labelled examples the attacker holds.
+        unlabelled: Unlabelled examples the attacker holds, none of them among the labelled.
+        balanced: Whether the labelled examples are of all classes alike; else they are drawn at random.
         public_checkpoint: Whether the attacker has the public network that the victim was fine-tuned from.
         releases: Further releases of the same model, under other keys, that the attacker holds.
         drift: Optimiser steps by which the owner fine-tuned the model between one release and the next.
@@ -55,6 +57,7 @@ class Threat(BaseModel):
     key_fraction: float = Field(0.0, ge=0.0, le=1.0)
     labelled: int = Field(0, ge=0)
     unlabelled: int = Field(0, ge=0)
+    balanced: bool = False
     public_checkpoint: bool = False
     releases: int = Field(0, ge=0)
     drift: int = Field(0, ge=0)
@@ -91,7 +94,11 @@ def point(name: str) -> tuple[str, str, float] | None:
 
 
 class Needs(BaseModel):
-    """The least a threat model must give for an attack to run at all; fields as in `Threat`."""
+    """The least that a threat model, and a task, must give for an attack to run at all.
+
+    Attributes:
+        offers: What is asked of the task (`deepenc.tasks.task.Offer`); the other fields are as in `Threat`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,11 +111,21 @@ class Needs(BaseModel):
     releases: int = 0
     oracle: int = 0
     trials: int = 0
+    offers: frozenset[Offer] = frozenset()
+
+    def given_by_threats(self) -> dict[str, Any]:
+        """The fields that a threat model has."""
+        return self.model_dump(exclude={"offers"})
+
+    def lacking(self, task: Task) -> list[str]:
+        """What the task does not offer, in words."""
+        words = {"logits": "scores of classes", "labels": "a class for each example", "answers": "answers"}
+        return [words[offer] for offer in sorted(self.offers - task.offers)]
 
     def missing(self, threat: Threat) -> list[str]:
         """What the threat model does not give, in words; empty when it gives everything."""
         lacks = []
-        for field in type(self).model_fields:
+        for field in self.given_by_threats():
             needed, given = getattr(self, field), getattr(threat, field)
             if given < needed:
                 lacks.append(field if needed is True else f"{field} >= {needed} (given {given})")
@@ -116,10 +133,9 @@ class Needs(BaseModel):
 
     def union(self, other: Needs) -> Needs:
         """What is needed to run both."""
-        fields: dict[str, Any] = {
-            field: max(getattr(self, field), getattr(other, field)) for field in type(self).model_fields
-        }
-        return Needs(**fields)
+        own, others = self.given_by_threats(), other.given_by_threats()
+        fields = {field: max(value, others[field]) for field, value in own.items()}
+        return Needs(**fields, offers=self.offers | other.offers)
 
 
 @dataclasses.dataclass(eq=False)
@@ -293,6 +309,5 @@ def close(meter: Meter) -> None:
 
 
 def _count(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Samples in the arguments of a call: the length of the first tensor; 1 where there is none."""
-    batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()), None)
-    return 1 if batch is None else int(batch.shape[0])
+    """Samples in the arguments of a call: the examples of the first batch; 1 where there is none."""
+    return next((count for given in (*args, *kwargs.values()) if (count := trees.size(given))), 1)

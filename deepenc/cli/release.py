@@ -202,16 +202,15 @@ def what_is_left(source: VictimSource, model: nn.Module, encrypted: nn.Module, e
     """
     from deepenc.arena.metrics import judge
     from deepenc.victims.data.cache import cache_folder
-    from deepenc.victims.victim import Images
 
     try:
         victim = source.load(cache_folder())
     except VictimError:
         return f"Used without the key: outputs on the example {_moved(model, encrypted, example)}."
-    images = Images(victim.defender.inputs[:IMAGES], victim.defender.labels[:IMAGES])
-    judged = (judge(one, images, victim.classes, who="the release") for one in (model, encrypted))
-    before, after = (100 * score.value for score in judged)
-    text = f"Used without the key: {after:.1f} % right instead of {before:.1f} % ({len(images)} images)."
+    some, task = victim.defender[:IMAGES], victim.task
+    before, after = (100 * judge(one, some, task, who="the release").value for one in (model, encrypted))
+    shares = f"{after:.1f} % instead of {before:.1f} %"
+    text = f"Used without the key: {task.measure} {shares} ({len(some)} examples)."
     if after > HARDLY * before:
         text += " That is hardly any damage: take another defense, or more channels."
     return f"{text}\nWhat attacks get out of it: deepenc run; every built-in defense falls to some of them."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,6 +17,9 @@ from deepenc.network.arrangement import Arrangement
 from deepenc.network.sites import Site, Slot
 from deepenc.network.surgery import Layout
 from deepenc.plugins import Plugin, get, invalid
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples, examples_of
+from deepenc.tasks.task import Task
 
 Allocation = dict[str, int]
 """Site name -> number of confusion channels, the paper's ΔC (Section 2.2)."""
@@ -30,13 +33,19 @@ class Original:
         model: The victim's network, in eval mode; not to be changed.
         sites: Its sites.
         example: An example input: a tensor, or a tuple or dict of them.
-        data: The defender's inputs D of Equation 1, ``(images, ...)``, or None.
+        data: The defender's examples D of Equation 1, or None.
+        task: What the network is for.
     """
 
     model: nn.Module
     sites: tuple[Site, ...]
     example: Any
-    data: Tensor | None = None
+    data: Examples | None = None
+    task: Task = field(default_factory=Classification)
+
+    def __post_init__(self) -> None:
+        """Take data in any form of `examples_of`."""
+        object.__setattr__(self, "data", examples_of(self.data))
 
 
 @dataclass(frozen=True, eq=False)

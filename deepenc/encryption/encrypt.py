@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from deepenc.encryption.defense import Allocation, Defense, Original
 from deepenc.encryption.keys.fingerprint import fingerprint
@@ -21,6 +21,7 @@ from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors, replace_tensors
 from deepenc.network.surgery import remove
 from deepenc.plugins import Plugin
+from deepenc.tasks.task import Task
 
 DefenseLike = Defense | str | Mapping[str, Any] | None
 """A defense, the name of a registered one, or a mapping that describes one; None is the null defense."""
@@ -36,7 +37,8 @@ def encrypt(
     sites: Sequence[Site] | None = None,
     streams: bool = False,
     scope: str = "",
-    data: Tensor | None = None,
+    data: Any = None,
+    task: Task | str = "classification",
 ) -> tuple[nn.Module, Key]:
     """Insert confusion channels into a copy of a network.
 
@@ -50,7 +52,9 @@ def encrypt(
         sites: The victim's sites, where they are known; default: `find_sites` finds them.
         streams: See `find_sites`.
         scope: See `find_sites`.
-        data: The defender's inputs D of Equation 1, for defenses that want them.
+        data: The defender's examples D of Equation 1, for defenses that want them: a batch of inputs, a
+            data set of pairs (input, target), or `deepenc.tasks.examples.Examples`.
+        task: What the network is for, or its name; defenses that want data measure by it.
 
     Returns:
         The encrypted network, sharing no tensor with the victim, and its key.
@@ -72,7 +76,7 @@ def encrypt(
             "the network has no site at which channels could be inserted; ask `deepenc inspect --why`"
         )
     check_sites(sites)
-    original = Original(model, tuple(sites), example, data)
+    original = Original(model, tuple(sites), example, data, Task.build(task))
     allocation = chosen.placement.place(original, derive_rng(root, "placement"))
     allocation = checked(chosen.placement, allocation, original.sites)
     arrangement = arrangement_of(chosen, original, root, "")
@@ -108,7 +112,8 @@ def reshelter(
     previous: nn.Module | None = None,
     seed: int | None = None,
     secret: bytes | None = None,
-    data: Tensor | None = None,
+    data: Any = None,
+    task: Task | str = "classification",
 ) -> tuple[nn.Module, Key]:
     """Encrypt a decrypted network again: new confusion weights, at the same positions or at new ones.
 
@@ -131,7 +136,8 @@ def reshelter(
         seed: Makes the run repeatable; whoever guesses the seed knows the confusion weights, and the new
             positions.
         secret: 32 secret bytes instead of a seed; default: fresh ones.
-        data: The defender's inputs D of Equation 1.
+        data: As for `encrypt`.
+        task: As for `encrypt`.
 
     Returns:
         The encrypted network and its key, which, if not rotated, differs from the first only in the
@@ -147,7 +153,7 @@ def reshelter(
     chosen = Defense.of(defense)
     if chosen.placement is None:
         raise ConfigError(f"the defense {chosen.name!r} inserts nothing; reshelter with one that does")
-    original = Original(model, key.sites, example, data)
+    original = Original(model, key.sites, example, data, Task.build(task))
     root = secret_of(seed, secret)
     if previous is not None:
         if rotate or not any(step.follows for step in chosen.hardening):

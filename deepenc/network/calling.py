@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -56,6 +57,34 @@ def call(model: nn.Module, example: Any) -> Any:
     if isinstance(example, dict):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def call_with(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Any,
+    run: Callable[[nn.Module, Any], Any] = call,
+) -> Any:
+    """Run a network with other tensors, and leave it as it is.
+
+    Args:
+        network: The network.
+        tensors: By state-dict name; the rest are its own.
+        inputs: What `run` is given.
+        run: Runs a network on inputs.
+    """
+    return functional_call(
+        _Run(network, run), {f"network.{name}": t for name, t in tensors.items()}, (inputs,)
+    )
+
+
+class _Run(nn.Module):
+    def __init__(self, network: nn.Module, run: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.network, self._run = network, run
+
+    def forward(self, inputs: Any) -> Any:
+        return self._run(self.network, inputs)
 
 
 def arguments_of(model: nn.Module, example: Any, path: str) -> tuple[nn.Module, Arguments]:

@@ -77,10 +77,10 @@ class Gated(nn.Module):
             for site in sites
         }
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **more: Any) -> Any:
         """Run the gated network."""
         changed = gated_tensors(named_tensors(self.network), self.sites, self.gates)
-        return functional_call(self.network, changed, inputs)
+        return functional_call(self.network, changed, inputs, more)
 
     def closed(self, threshold: float) -> dict[str, tuple[int, ...]]:
         """Channels whose gates are below a share of their site's median; of every site at least one stays."""

@@ -8,8 +8,9 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deepenc.arena.entry import Entry
 from deepenc.arena.kit.space import Axis, Space, value_of, varied
-from deepenc.arena.plan import Entry, Experiment
+from deepenc.arena.plan import Experiment
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.measure import Measure

@@ -26,7 +26,7 @@ from deepenc.errors import ConfigError
 from deepenc.seeds import Roots
 from deepenc.study.search import Objective, Search
 from deepenc.victims.validation import validated
-from deepenc.victims.victim import Images, Victim
+from deepenc.victims.victim import Victim
 
 RESPONSE_IMAGES = 256
 """Images of the judge, or held out in his place, on which the response change of Equation 1 is measured."""
@@ -165,8 +165,9 @@ class Evaluator:
                 "otherwise; measure logits or probabilities"
             )
         victim, network = encryption.subject.victim, fresh(encryption, torch.device("cpu"))
-        inputs = victim.judge.inputs[:RESPONSE_IMAGES]
-        found = response_change(victim.model, network, inputs, measure=measure, layout=key.layout())
+        inputs = victim.judge[:RESPONSE_IMAGES].inputs
+        layout, task = key.layout(), victim.task
+        found = response_change(victim.model, network, inputs, measure=measure, layout=layout, task=task)
         return float(getattr(found, self._search.form))
 
 
@@ -185,12 +186,10 @@ def tuning_part(victim: Victim, held_out: float) -> Victim:
             f"held_out: a share of {held_out} of the defender's {count} images leaves one side with none"
         )
     order = torch.from_numpy(np.random.default_rng(0).permutation(count))
-    inputs, labels = victim.defender.inputs, victim.defender.labels
-    ours, theirs = order[held:], order[:held]
     return replace(
         victim,
-        defender=Images(inputs[ours], labels[ours]),
-        judge=Images(inputs[theirs], labels[theirs]),
+        defender=victim.defender[order[held:]],
+        judge=victim.defender[order[:held]],
         fingerprint=f"{victim.fingerprint} tuning {held_out}",
     )
 

@@ -6,45 +6,39 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import Sampler
 
+from deepenc.tasks.examples import Examples
 from deepenc.victims.augment import cropped, flipped, shifted
 from deepenc.victims.recipe import TrainingPlan
-from deepenc.victims.victim import Images
 
 
-def train(network: nn.Module, images: Images, generator: torch.Generator, plan: TrainingPlan) -> bool:
-    """Train a network in place on the device of the images.
+def train(network: nn.Module, examples: Examples, generator: torch.Generator, plan: TrainingPlan) -> bool:
+    """Train a network in place on the device of the examples.
 
     Args:
         network: In the mode to be trained in; on the CPU afterwards, if that is not its device.
-        images: At least one.
-        generator: On the CPU; decides the order of the images and how they are changed.
+        examples: At least one.
+        generator: On the CPU; decides the order of the examples and how images are changed.
         plan: How.
 
     Returns:
         Whether all stayed finite; if not, the network has the last weights with a finite loss.
     """
-    device = images.inputs.device
-    classifier = Classifier(network, generator, plan)
-    loader = DataLoader(
-        TensorDataset(images.inputs, images.labels),
-        batch_size=None,  # the sampler gives the indices of whole batches
-        sampler=Batches(len(images), plan.recipe.batch_size, plan.steps, generator),
-        generator=torch.Generator(),  # for workers; without one it would draw from the global generator
-    )
+    device = examples.device
+    learner = Learner(network, generator, plan)
+    order = Batches(len(examples), plan.recipe.batch_size, plan.steps, generator)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with _quiet():
@@ -57,13 +51,13 @@ def train(network: nn.Module, images: Images, generator: torch.Generator, plan: 
                     LightningEnvironment()
                 ],  # a cluster's variables in the environment are not meant for us
                 barebones=True,
-            ).fit(classifier, loader)
+            ).fit(learner, examples.loader(order))
     except SystemExit as ended:  # what Lightning makes of Ctrl-C, to ignore the next one
         if not isinstance(ended.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from ended
-    return not classifier.diverged
+    return not learner.diverged
 
 
 class Batches(Sampler[list[int]]):
@@ -72,8 +66,8 @@ class Batches(Sampler[list[int]]):
     All passes are one epoch of Lightning's, which takes milliseconds for each: few images make many passes.
 
     Args:
-        count: Images, ``>= 1``.
-        size: Of a batch; where there are fewer images, they are the only one of a pass.
+        count: Examples, ``>= 1``.
+        size: Of a batch; where there are fewer examples, they are the only one of a pass.
         steps: Batches in all.
         generator: On the CPU.
     """
@@ -93,8 +87,8 @@ class Batches(Sampler[list[int]]):
             yield order[batch * self.size : (batch + 1) * self.size]
 
 
-class Classifier(LightningModule):
-    """Trains a network on labels; where that diverges, it goes back to the last weights with a finite loss.
+class Learner(LightningModule):
+    """Trains a network for its task; where that diverges, the last weights with a finite loss come back.
 
     Args:
         network: Called itself, so that hooks on it see every sample.
@@ -119,23 +113,23 @@ class Classifier(LightningModule):
         schedule = LambdaLR(optimizer, lambda step: recipe.rate(step, plan.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Crop, mirror and move the images at random, as the recipe says."""
-        (inputs, labels), recipe = batch, self.plan.recipe
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Any]:
+        """Crop, mirror and move images at random, as the recipe says and the task allows."""
+        (inputs, targets), recipe = batch, self.plan.recipe
+        if not self.plan.task.augments or not isinstance(inputs, Tensor):
+            return inputs, targets
         inputs = cropped(inputs, recipe.crop)
         if recipe.flip:
             inputs = flipped(inputs, self.generator)
-        return shifted(inputs, recipe.shift, self.generator), labels
+        return shifted(inputs, recipe.shift, self.generator), targets
 
     def on_train_start(self) -> None:
         """Remember the weights that training starts from."""
         self._kept = [tensor.clone() for tensor in self._tensors()]
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor | None:
-        """Cross-entropy of one batch; None ends the training."""
-        inputs, labels = batch
-        outputs = self._outputs(inputs)
-        loss = F.cross_entropy(outputs, labels, label_smoothing=self.plan.recipe.label_smoothing)
+    def training_step(self, batch: tuple[Any, Any], _: int) -> Tensor | None:
+        """Loss of one batch; None ends the training."""
+        loss = self._loss(*batch)
         for parameter, weight in self.plan.penalties.items():
             loss = loss + weight * parameter.abs().sum()
         if not torch.isfinite(loss):
@@ -150,11 +144,18 @@ class Classifier(LightningModule):
         if self.diverged:
             torch._foreach_copy_(self._tensors(), self._kept)
 
-    def _outputs(self, inputs: Tensor) -> Tensor:
-        if not self.plan.channels_last:
-            return cast(Tensor, self.network(inputs))
-        with _Reshaping():
-            return cast(Tensor, self.network(inputs.contiguous(memory_format=torch.channels_last)))
+    def _loss(self, inputs: Any, targets: Any) -> Tensor:
+        recipe, last = self.plan.recipe, self.plan.channels_last
+        if last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with _Reshaping() if last else nullcontext():
+            return self.plan.task.loss(
+                self.network,
+                inputs,
+                targets,
+                smoothing=recipe.label_smoothing,
+                temperature=recipe.temperature,
+            )
 
     def _tensors(self) -> list[Tensor]:
         found = (*self.network.parameters(), *self.network.buffers())

@@ -9,6 +9,8 @@ from typing import Self
 
 from torch import nn
 
+from deepenc.tasks.task import Task
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -30,6 +32,7 @@ class Recipe:
         crop: Smallest area, as a fraction of the image's, of random rectangles that are cut out and resized;
             0 leaves images whole.
         label_smoothing: Share of each target that is spread over all classes, in [0, 1].
+        temperature: Divides class scores before the softmax.
         eval_norms: Whether BatchNorm layers stay in eval mode: stored statistics are used, and kept.
         mixed: Whether the network runs in bfloat16 where that is safe (Lightning's ``"bf16-mixed"``); twice
             as fast on processors that know the format.
@@ -46,6 +49,7 @@ class Recipe:
     flip: bool = False
     crop: float = 0.0
     label_smoothing: float = 0.0
+    temperature: float = 1.0
     eval_norms: bool = False
     mixed: bool = False
 
@@ -80,6 +84,7 @@ class TrainingPlan:
     """A recipe resolved for one network.
 
     Attributes:
+        task: What is trained for.
         recipe: The recipe.
         steps: Optimiser steps, ``>= 1``.
         factors: Parameters to train, with the factors of their learning rates.
@@ -87,6 +92,7 @@ class TrainingPlan:
         channels_last: Whether inputs shall be in that memory format.
     """
 
+    task: Task
     recipe: Recipe
     steps: int
     factors: Mapping[nn.Parameter, float]

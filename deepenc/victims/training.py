@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from deepenc.analysis.batchnorm import batchnorms
 from deepenc.errors import ConfigError, near
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Task
 from deepenc.victims.recipe import Recipe, TrainingPlan
-from deepenc.victims.victim import Images
 
 
 def fit(
     network: nn.Module,
-    images: Images,
+    task: Task,
+    examples: Examples,
     recipe: Recipe,
     generator: torch.Generator,
     groups: Mapping[str, float] | None = None,
@@ -28,9 +30,10 @@ def fit(
     mode and the parameters' ``requires_grad`` are as before.
 
     Args:
-        network: On the device of the images.
-        images: At least one; an incomplete last batch is left out where there is another. Labels may also
-            be probabilities, ``(images, classes)``, floating point.
+        network: On the device of the examples.
+        task: What it is trained for: its loss is minimised.
+        examples: At least one; an incomplete last batch is left out where there is another. Targets may also
+            be what the task made of a model's answers.
         recipe: How.
         generator: On the CPU.
         groups: Parameter name to the factor of its learning rate; parameters not named, or with 0, stay as
@@ -42,38 +45,38 @@ def fit(
         network has the last weights with a finite loss.
 
     Raises:
-        ConfigError: There are no images, or a name is no parameter's.
+        ConfigError: There are no examples, or a name is no parameter's.
         OutOfBudget: A metered network, or the metered optimiser, may not spend that much.
     """
-    if not len(images):
-        raise ConfigError("expected at least one image to train on, got none")
+    if not len(examples):
+        raise ConfigError("expected at least one example to train on, got none")
     factors, penalties = _by_parameter(network, groups), _by_parameter(network, l1 or {})
-    steps = recipe.total_steps(len(images))
+    steps = recipe.total_steps(len(examples))
     if steps == 0 or not factors:
         network.eval()
         return True
     wanted = {p: p.requires_grad for p in network.parameters()}
     try:
         with (
-            _own_randomness(generator, images.inputs.device),
+            _own_randomness(generator, examples.device),
             torch.enable_grad(),
-            _channels_last(network, images.inputs) as channels_last,
+            _channels_last(network, examples) as channels_last,
         ):
             network.train()
             for norm in batchnorms(network).values() if recipe.eval_norms else ():
                 norm.eval()
             for parameter in wanted:
                 parameter.requires_grad_(parameter in factors)
-            plan = TrainingPlan(recipe, steps, factors, penalties, channels_last)
+            plan = TrainingPlan(task, recipe, steps, factors, penalties, channels_last)
             # Imported here: whoever only encrypts does not wait for Lightning.
             from deepenc.victims._lightning import train
 
-            return train(network, images, generator, plan)
+            return train(network, examples, generator, plan)
     finally:
         for parameter, grad in wanted.items():
             parameter.requires_grad_(grad)
             parameter.grad = None
-        network.to(images.inputs.device).eval()
+        network.to(examples.device).eval()
 
 
 def _by_parameter(network: nn.Module, named: Mapping[str, float] | None) -> dict[nn.Parameter, float]:
@@ -89,9 +92,11 @@ def _by_parameter(network: nn.Module, named: Mapping[str, float] | None) -> dict
 
 
 @contextmanager
-def _channels_last(network: nn.Module, inputs: Tensor) -> Iterator[bool]:
+def _channels_last(network: nn.Module, examples: Examples) -> Iterator[bool]:
     """Lay the weights of convolutions out as they are fastest, and back again; says whether it did."""
-    if inputs.ndim != 4 or not any(isinstance(m, nn.Conv2d) for m in network.modules()):
+    inputs = examples.batch([0]).inputs
+    images = isinstance(inputs, Tensor) and inputs.ndim == 4
+    if not images or not any(isinstance(m, nn.Conv2d) for m in network.modules()):
         yield False
         return
     plain = [p for p in network.parameters() if p.ndim == 4 and p.is_contiguous()]

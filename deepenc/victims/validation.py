@@ -1,25 +1,30 @@
-"""Whether a victim is what the arena relies on: parts that share nothing, labels, a network that runs."""
+"""Whether a victim is what the arena relies on: parts that share nothing, targets, a network that runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.errors import VictimError
 from deepenc.network.guard import first_line
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Task
 from deepenc.victims.data.splits import shared
-from deepenc.victims.victim import Images, Victim
+from deepenc.victims.victim import Victim
 
 log = logging.getLogger(__name__)
 
 CHUNK = 256
-"""Images at a time."""
+"""Examples at a time."""
 TRIED = 100
-"""The judge's images that the network is tried on."""
+"""Examples that the network is tried on."""
 
 
 def validated(victim: object) -> Victim:
@@ -31,94 +36,94 @@ def validated(victim: object) -> Victim:
         victim: What a `VictimSource` loaded; its network is put into eval mode.
 
     Raises:
-        VictimError: A part is empty, or shares images with another one, or has inputs that are not finite or
-            labels that are no classes; or the network does not run, or not as a classifier.
+        VictimError: A part is empty, or shares images with another one, or has inputs that are not finite, or
+            targets that do not fit the task; or the network does not run, or not as the task expects.
     """
     if not isinstance(victim, Victim):
         raise VictimError(f"expected a Victim from the source's `load`, got {type(victim).__name__}")
     who = f"victim {victim.name!r}"
-    if isinstance(victim.classes, bool) or not isinstance(victim.classes, int) or victim.classes < 2:
-        raise VictimError(f"{who}: expected a number of classes, 2 or more, got {victim.classes!r}")
+    if not isinstance(victim.task, Task):
+        raise VictimError(f"{who}: expected a Task as `task`, got {type(victim.task).__name__}")
     parts = {"defender": victim.defender, "attacker": victim.attacker, "judge": victim.judge}
-    for role, images in parts.items():
-        # The images of a network that is yet to be trained may be of another task, with its labels.
-        classes = victim.classes if victim.trained or role != "defender" else None
-        _check_images(f"{who}: the {role}'s", images, classes)
+    for role, examples in parts.items():
+        # The examples of a network that is yet to be trained may be of another task, with its targets.
+        _check_examples(f"{who}: the {role}'s", examples, victim.task if _judged(victim, role) else None)
     for (one, first), (other, second) in itertools.combinations(parts.items(), 2):
-        if count := shared(first.inputs, second.inputs):
+        if count := shared(first, second):
             raise VictimError(
-                f"{who}: {count} of the {one}'s images are the {other}'s, too; share them out so that no "
-                "image is in two parts, as `deepenc.victims.data.splits.split` does"
+                f"{who}: {count} of the {one}'s examples are the {other}'s, too; share them out so that no "
+                "example is in two parts, as `deepenc.victims.data.splits.split` does"
             )
-    _check_network(who, victim)
-    return victim
+    return _checked_network(who, victim)
 
 
-def _check_images(whose: str, images: object, classes: int | None) -> None:
-    if not isinstance(images, Images):
-        raise VictimError(f"{whose} part: expected Images, got {type(images).__name__}")
-    inputs, labels = images.inputs, images.labels
-    if not isinstance(inputs, Tensor) or not inputs.ndim or not len(inputs):
-        raise VictimError(
-            f"{whose} inputs: expected a tensor (images, ...) of at least one image, got {_described(inputs)}"
-        )
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
-        raise VictimError(
-            f"{whose} labels: expected one an image, int64 ({len(inputs)},), got {_described(labels)}"
-        )
-    least, most = int(labels.min()), int(labels.max())
-    if least < 0 or (classes is not None and most >= classes):
-        upper = "" if classes is None else f" and below {classes}, the number of classes"
-        raise VictimError(f"{whose} labels: expected classes from 0{upper}, got {least} to {most}")
-    for start in range(0, len(inputs), CHUNK):
-        finite = inputs[start : start + CHUNK].isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = start + int(finite.long().argmin())
-            raise VictimError(
-                f"{whose} inputs: image {bad} has values that are not finite; repair or remove it"
-            )
+def _judged(victim: Victim, role: str) -> bool:
+    return victim.trained or role != "defender"
 
 
-def _check_network(who: str, victim: Victim) -> None:
+def _check_examples(whose: str, examples: object, task: Task | None) -> None:
+    if not isinstance(examples, Examples):
+        raise VictimError(f"{whose} part: expected Examples, got {type(examples).__name__}")
+    if not len(examples):
+        raise VictimError(f"{whose} part: expected at least one example, got none")
+    # What is read when it is needed is tried on a sample: to read all of it may take hours.
+    some = examples if examples.stored else examples[_chosen(len(examples))]
+    for at, (inputs, targets) in enumerate(some.batches(CHUNK)):
+        if task is not None and (wrong := task.misfit(targets)):
+            raise VictimError(f"{whose} targets: {wrong}")
+        for place, one in enumerate(trees.examples_of(inputs)):
+            if not all(bool(t.isfinite().all()) for t in trees.tensors(one)):
+                raise VictimError(
+                    f"{whose} inputs: example {at * CHUNK + place} has values that are not finite; repair or "
+                    "remove it"
+                )
+
+
+def _chosen(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:TRIED]
+
+
+def _checked_network(who: str, victim: Victim) -> Victim:
     for name in ("model", "public", "plain"):
         network = getattr(victim, name)
         if not isinstance(network, nn.Module) and (name == "model" or network is not None):
             raise VictimError(f"{who}: expected a torch.nn.Module as `{name}`, got {type(network).__name__}")
     victim.model.eval()
-    part = victim.judge
-    chosen = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:TRIED]
-    for role, inputs in {"defender": victim.example, "attacker": victim.attacker.inputs[:1]}.items():
-        _outputs(who, role, victim, inputs)
-    outputs = _outputs(who, "judge", victim, part.inputs[chosen])
-    if victim.trained:
-        labels = part.labels[chosen]
-        _warn_of_chance(who, int((outputs.argmax(1) == labels).sum()), labels)
+    task = victim.task.fitted(_outputs(who, "defender", victim, victim.task, victim.defender[:1]))
+    if task is not victim.task:
+        victim = dataclasses.replace(victim, task=task)
+    _outputs(who, "attacker", victim, task, victim.attacker[:1])
+    some = victim.judge[_chosen(len(victim.judge))]
+    outputs = _outputs(who, "judge", victim, task, some)
+    targets = some.targets
+    if wrong := task.misfit(targets):
+        raise VictimError(f"{who}: the judge's targets: {wrong}")
+    if victim.trained and "labels" in task.offers:
+        right = task.worth(task.outcomes(outputs, targets)).value
+        _warn_of_chance(who, round(right * len(some)), task.labels(targets))
+    return victim
 
 
-def _outputs(who: str, role: str, victim: Victim, inputs: Tensor) -> Tensor:
+def _outputs(who: str, role: str, victim: Victim, task: Task, some: Examples) -> Any:
+    inputs = some.batch(range(len(some))).inputs
     try:
         with torch.no_grad():
-            outputs: object = victim.model(inputs.clone())
+            outputs = task.run(victim.model, inputs)
     except Exception as error:  # somebody's own network
         raise VictimError(
-            f"{who}: the network does not run on the {role}'s images: {type(error).__name__}: "
+            f"{who}: the network does not run on the {role}'s examples: {type(error).__name__}: "
             f"{first_line(error)}; give inputs that it takes"
         ) from error
-    wanted = (len(inputs), victim.classes)
-    if not isinstance(outputs, Tensor) or outputs.shape != wanted or not outputs.is_floating_point():
+    if wrong := task.complaint(outputs, inputs):
+        raise VictimError(f"{who}: {wrong}; give the task {task.name!r} a network with such outputs")
+    if any(task.unreadable(outputs)) or not all(
+        bool(t.isfinite().all()) for t in trees.tensors(outputs) if t.is_floating_point()
+    ):
         raise VictimError(
-            f"{who}: expected outputs (images, classes), here {wanted}, floating point, got "
-            f"{_described(outputs)}; give the number of `classes`, and a network that returns logits alone"
-        )
-    if not outputs.isfinite().all():
-        raise VictimError(
-            f"{who}: the network's outputs on the {role}'s images are not finite; see whether its weights are"
+            f"{who}: the network's outputs on the {role}'s examples are not finite; see whether its "
+            "weights are"
         )
     return outputs
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _warn_of_chance(who: str, correct: int, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A victim: a trained network, and images in parts that never overlap."""
+"""A victim: a trained network, what it is for, and examples in parts that never overlap."""
 
 from __future__ import annotations
 
@@ -7,28 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from deepenc.errors import ConfigError
 from deepenc.network.factory import Factory
 from deepenc.plugins import Plugin, parse
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Some images with their labels.
-
-    Attributes:
-        inputs: ``(images, ...)``, ready for the network.
-        labels: ``(images,)``, int64, in [0, classes).
-    """
-
-    inputs: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.inputs)
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +23,10 @@ class Victim:
     Attributes:
         name: How tables call it.
         model: The network, in eval mode, on the CPU.
-        classes: Number of classes.
-        defender: The defender's images (D of Equation 1); the network may have been trained on them.
-        attacker: The attacker's images; the network was not trained on them.
-        judge: The judge's images; the network was not trained on them, and no attacker sees them.
+        task: What the network is for.
+        defender: The defender's examples (D of Equation 1); the network may have been trained on them.
+        attacker: The attacker's examples; the network was not trained on them.
+        judge: The judge's examples; the network was not trained on them, and no attacker sees them.
         fingerprint: Identifies the weights and the data (SHA-256, hex).
         public: The public network that the model was fine-tuned from, in eval mode, on the CPU; None where
             there is none.
@@ -49,24 +34,29 @@ class Victim:
             (folded); None where it is the model's own. Only the structure counts: it is what somebody
             starts from who steals nothing.
         trained: Whether the model was trained for the task; where it has a fresh head it knows nothing of it,
-            and the defender's images are of another task, with its labels.
+            and the defender's examples are of another task, with its targets.
+        scope: Submodule in which sites are looked for (see `deepenc.find_sites`); default: all of it.
+        streams: Whether residual streams count as sites as well (see `deepenc.find_sites`).
     """
 
     name: str
     model: nn.Module
-    classes: int
-    defender: Images
-    attacker: Images
-    judge: Images
+    task: Task
+    defender: Examples
+    attacker: Examples
+    judge: Examples
     fingerprint: str
     public: nn.Module | None = None
     plain: nn.Module | None = None
     trained: bool = True
+    scope: str = ""
+    streams: bool = False
 
     @property
-    def example(self) -> Tensor:
+    def example(self) -> Any:
         """One input, as a batch of one; a copy."""
-        return self.defender.inputs[:1].clone()
+        one = self.defender.batch([0]).inputs
+        return (one,) if isinstance(one, list) else one
 
 
 class VictimSource(Plugin):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import cycle, islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,16 +14,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from deepenc import trees
 from deepenc.analysis.batchnorm import batch_moments, batch_statistics
 from deepenc.encryption.defense import Hardening, Original
 from deepenc.encryption.filling.adversaries import Gates, learned_gates, missing
 from deepenc.encryption.filling.calibration import Path, calibrate
-from deepenc.encryption.filling.damage import Objective, damage, outputs
+from deepenc.encryption.filling.damage import Objective, damage, responses
 from deepenc.encryption.filling.entries import Confusion, limits
 from deepenc.encryption.filling.inputs import batches, draw
 from deepenc.encryption.filling.stealth import Disguise, penalty
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
+from deepenc.tasks.task import Task
 
 Detector = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -83,31 +85,31 @@ class Optimise(Hardening):
         """See `Hardening.harden`.
 
         Raises:
-            ConfigError: There are no images, or the victim does not map them to ``(images, outputs)``.
+            ConfigError: There are no examples, or what the victim makes of them cannot be compared.
         """
         inputs = draw(f"hardening {self.name!r}", network, original, rng, max(self.images, self.calibration))
-        used = inputs[: self.images]
-        target = outputs(original.model, used, self.batch_size)
-        confusion = Confusion(network, layout)
+        used = trees.take(inputs, slice(self.images))
+        target = responses(original, used, self.batch_size)
+        confusion = Confusion(network, layout, run=original.task.response)
         if confusion.values:
             with batch_statistics(network):
                 self._ascend(confusion, original, used, target, rng)
         confusion.store()
-        calibrate(network, layout, inputs[: self.calibration], self.path)
+        calibrate(network, layout, trees.take(inputs, slice(self.calibration)), self.path)
 
     def _ascend(
         self,
         confusion: Confusion,
         original: Original,
-        inputs: Tensor,
-        target: Tensor,
+        inputs: Any,
+        target: Any,
         rng: np.random.Generator,
     ) -> None:
         victim, layout = named_tensors(original.model), confusion.layout
-        order = batches(len(inputs), self.batch_size, rng)
+        order = batches(trees.size(inputs), self.batch_size, rng)
         if self.disguise:
             with batch_moments(confusion.network) as seen, torch.no_grad():
-                confusion(inputs[next(order).to(inputs.device)])
+                confusion(trees.take(inputs, next(order)))
             disguise = Disguise(whole := confusion.tensors() | seen, layout, rng)
             allowed, detector = disguise.target_norms(whole), disguise.penalty
         else:
@@ -115,14 +117,15 @@ class Optimise(Hardening):
         values = list(confusion.values.values())
         rates = [self.lr * _scale(victim[name]) for name in confusion.values]
         adam = Adam([{"params": [v], "lr": rate} for v, rate in zip(values, rates, strict=True)])
-        adversaries = [learned_gates(confusion, inputs, target, order)] if self.gates else []
+        adversaries = [learned_gates(confusion, original.task, inputs, target, order)] if self.gates else []
         if self.removal:
             adversaries.append(missing(confusion, self.removal, rng))
         for adversary in islice(cycle([None, *adversaries]), self.steps):
-            index = next(order).to(inputs.device)
+            index = next(order)
             gates = next(adversary) if adversary else None
             with torch.enable_grad():
-                loss = self._loss(confusion, inputs[index], target[index], gates, detector)
+                part, wanted = trees.take(inputs, index), trees.take(target, index)
+                loss = self._loss(confusion, original.task, part, wanted, gates, detector)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
             for value, gradient in zip(values, gradients, strict=True):
                 value.grad = None if gradient is None else torch.nan_to_num(gradient, 0, 0, 0)
@@ -132,15 +135,16 @@ class Optimise(Hardening):
     def _loss(
         self,
         confusion: Confusion,
-        inputs: Tensor,
-        target: Tensor,
+        task: Task,
+        inputs: Any,
+        target: Any,
         gates: Gates | None,
         detector: Detector,
     ) -> Tensor:
         watch: AbstractContextManager[dict[str, Tensor]]
         watch = batch_moments(confusion.network) if self.stealth else nullcontext({})
         with watch as seen:
-            done = damage(self.objective, confusion(inputs, gates=gates), target)
+            done = damage(self.objective, task, confusion(inputs, gates=gates), target)
         return self.stealth * detector(confusion.tensors() | seen) - done if self.stealth else -done
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import pad
 
+from deepenc import trees
 from deepenc.analysis.batchnorm import batch_statistics
 from deepenc.encryption.cost.budget import Ledger, caps, grow
 from deepenc.encryption.defense import Allocation, Original
-from deepenc.encryption.filling.damage import damage, outputs
+from deepenc.encryption.filling.damage import damage, responses
 from deepenc.encryption.filling.inputs import batches, draw
 from deepenc.encryption.response.candidates import filled
 from deepenc.encryption.response.searched import SearchedPlacement
+from deepenc.network.calling import call_with
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
@@ -85,21 +86,21 @@ class Gradient(SearchedPlacement):
         original: Original,
         ledger: Ledger,
         most: Mapping[str, int],
-        inputs: Tensor,
+        inputs: Any,
         rng: np.random.Generator,
     ) -> dict[str, float]:
         """Site name to its strength."""
         tensors, layout = filled(original, self.weights, rng, most)
         network = replace_widened(original.model, tensors, layout).eval()
         own, sites = named_tensors(network), layout.widened_sites()
-        target = outputs(original.model, inputs, self.batch_size)
-        logits = {name: torch.zeros((), device=inputs.device) for name in most}
+        target = responses(original, inputs, self.batch_size)
+        logits = {name: torch.zeros((), device=next(iter(own.values())).device) for name in most}
         prices = {name: ledger.price({}, name, count) / ledger.limit for name, count in most.items()}
         _keep(logits, prices)
-        order = batches(len(inputs), self.batch_size, rng)
+        order = batches(trees.size(inputs), self.batch_size, rng)
         slopes = {name: torch.zeros_like(logit) for name, logit in logits.items()}
         for _ in range(self.steps):
-            index = next(order).to(inputs.device)
+            index = next(order)
             strengths = {name: logit.sigmoid().requires_grad_() for name, logit in logits.items()}
             with torch.enable_grad(), batch_statistics(network) if self.batch else nullcontext():
                 gates = {
@@ -108,8 +109,9 @@ class Gradient(SearchedPlacement):
                     if (n := most.get(site.name))
                 }
                 changed = gated_tensors(own, sites, gates)
-                found_outputs = functional_call(network, changed, (inputs[index],))
-                change = damage("response", found_outputs, target[index])
+                batch, wanted = (trees.take(tree, index) for tree in (inputs, target))
+                got = call_with(network, changed, batch, original.task.response)
+                change = damage("response", original.task, got, wanted)
                 found = torch.autograd.grad(change, list(strengths.values()))
             for name, slope in zip(logits, found, strict=True):
                 worth = torch.nan_to_num(slope, 0, 0, 0) / prices[name]

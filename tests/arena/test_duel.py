@@ -16,8 +16,9 @@ from deepenc.arena.case import Attack, Claim
 from deepenc.arena.checks.base import differing, snapshot
 from deepenc.arena.checks.tiny import TinySource, TwoEach, host_defense, tiny_subject
 from deepenc.arena.duel import run_duel
+from deepenc.arena.entry import Entry
 from deepenc.arena.oracle import Oracle as AuthorisedModel
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Meter, Needs, Threat
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.keys.key import secret_bytes
@@ -82,7 +83,7 @@ class Spender(_Test):
         copy = case.copy()
         optimiser = torch.optim.SGD(copy.parameters(), lr=0.1)
         for _ in range(3):
-            copy(case.unlabelled[:10])
+            copy(case.unlabelled[:10].inputs)
             optimiser.step()
         return Claim(network=copy)
 
@@ -124,7 +125,7 @@ class Inverted(nn.Module):
 class InPlace(_Test):
     def act(self, case):
         if case.oracle is not None:
-            case.oracle(case.unlabelled)
+            case.oracle(case.unlabelled.inputs)
         return Claim(network=Inverted(case.copy()))
 
 
@@ -146,7 +147,7 @@ def test_leaving_the_network_alone_measures_it(encryption):
     victim = tiny_subject().victim
     with torch.no_grad():
         network = case_of(encryption).encrypted
-        right = int((network(victim.judge.inputs).argmax(1) == victim.judge.labels).sum())
+        right = int((network(victim.judge.inputs).argmax(1) == victim.judge.targets).sum())
     assert (record.state, record.score.value, record.score.examples) == ("done", right / 256, 256)
     assert (record.detection, record.removed) == (None, False)
     assert record.key_bits == pytest.approx(encryption.key.entropy)
@@ -249,11 +250,11 @@ def test_the_victim_stays_as_it_was(encryption):
 def test_a_network_that_writes_to_its_input_changes_nothing_for_others(encryption):
     first = fought(Leave(), encryption).score
     parts = [tiny_subject().victim.judge, tiny_subject().victim.attacker, tiny_subject().victim.defender]
-    before = [(part.inputs.clone(), part.labels.clone()) for part in parts]
+    before = [(part.inputs.clone(), part.targets.clone()) for part in parts]
     assert fought(InPlace(), encryption).state == "done"
     assert fought(Scribbler(), encryption).state == "done"
     for part, (inputs, labels) in zip(parts, before, strict=True):
-        assert torch.equal(part.inputs, inputs) and torch.equal(part.labels, labels)
+        assert torch.equal(part.inputs, inputs) and torch.equal(part.targets, labels)
     assert fought(Leave(), encryption).score == first
     assert FULL.labelled == 20
 
@@ -261,7 +262,7 @@ def test_a_network_that_writes_to_its_input_changes_nothing_for_others(encryptio
 def test_a_defense_that_writes_to_the_images_changes_nothing_for_others():
     class Painter(TwoEach):
         def place(self, original, rng):
-            original.data.zero_()
+            original.data.inputs.zero_()
             original.example.add_(1)
             return super().place(original, rng)
 
@@ -281,7 +282,9 @@ def test_the_authorised_model_does_not_write_to_what_it_is_asked(encryption):
 
 def test_images_are_copies_disjoint_and_never_the_judges(encryption):
     case = case_of(encryption)
-    rows = {tuple(image.flatten().tolist()) for image in torch.cat([case.labelled.inputs, case.unlabelled])}
+    rows = {
+        tuple(image.flatten().tolist()) for image in torch.cat([case.labelled.inputs, case.unlabelled.inputs])
+    }
     assert len(rows) == 50
     victim = tiny_subject().victim
     assert rows <= {tuple(image.flatten().tolist()) for image in victim.attacker.inputs}
@@ -310,7 +313,7 @@ def test_half_of_many_single_channels_is_half():
 def test_withheld_knowledge_is_not_there(encryption):
     case = case_of(encryption, Threat(name="t", architecture=False, allocation=False))
     assert (case.allocation, case.blank, dict(case.known)) == (None, None, {})
-    assert (len(case.labelled), len(case.unlabelled)) == (0, 0)
+    assert (len(case.labelled), len(case.unlabelled.inputs)) == (0, 0)
 
 
 def test_blank_networks_are_new_metered_and_repeatable(encryption):

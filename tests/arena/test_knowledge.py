@@ -88,11 +88,11 @@ def test_the_public_network_is_a_copy(encryption):
 
 def test_the_oracle_answers_as_the_victim_does_and_counts(encryption):
     case = case_of(encryption, oracle=8, unlabelled=8)
-    answers = case.oracle(case.unlabelled[:5])
-    assert torch.equal(answers, encryption.subject.victim.model(case.unlabelled[:5]).detach())
+    answers = case.oracle(case.unlabelled[:5].inputs)
+    assert torch.equal(answers, encryption.subject.victim.model(case.unlabelled[:5].inputs).detach())
     assert (case.meter.queries, case.meter.samples) == (5, 0)
     with pytest.raises(OutOfBudget, match="allows 8 queries; the attack asked for 9"):
-        case.oracle(case.unlabelled[:4])
+        case.oracle(case.unlabelled[:4].inputs)
 
 
 def test_the_oracle_does_not_show_its_model(encryption):

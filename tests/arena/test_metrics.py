@@ -13,7 +13,8 @@ from torch import nn
 from deepenc.arena.metrics import checked_scores, detection, independent, judge, most_suspect
 from deepenc.errors import ClaimError
 from deepenc.network.sites import Role, Site, Slot
-from deepenc.victims.victim import Images
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 
 
 def site(name, width):
@@ -33,44 +34,47 @@ class Fixed(nn.Module):
         return self.outputs[inputs[:, 0].long()]
 
 
+TASK = Classification()
+
+
 def images(labels):
-    return Images(torch.arange(len(labels), dtype=torch.float)[:, None], torch.tensor(labels))
+    return Examples(torch.arange(len(labels), dtype=torch.float)[:, None], torch.tensor(labels))
 
 
 def test_judge_counts_by_hand():
     outputs = torch.tensor([[0.1, 0.9], [2.0, 1.0], [0.0, 5.0], [1.0, 0.0], [0.0, 1.0]])
-    found = judge(Fixed(outputs), images([1, 0, 0, 0, 1]), 2, who="x", batch=2)
+    found = judge(Fixed(outputs), images([1, 0, 0, 0, 1]), TASK, who="x", batch=2)
     assert (found.value, found.examples, found.unreadable) == (4 / 5, 5, 0)
 
 
 def test_judge_is_in_eval_mode_without_gradients():
     network = Fixed(torch.zeros(3, 2)).train()
-    judge(network, images([0, 1, 1]), 2, who="x", batch=1)
+    judge(network, images([0, 1, 1]), TASK, who="x", batch=1)
     assert network.modes == [(False, False)] * 3
 
 
 def test_nan_outputs_are_wrong_and_told():
     outputs = torch.tensor([[float("nan"), 0.0], [0.0, float("nan")], [1.0, 0.0]])
-    found = judge(Fixed(outputs), images([0, 1, 0]), 2, who="x")
+    found = judge(Fixed(outputs), images([0, 1, 0]), TASK, who="x")
     assert (found.value, found.unreadable) == (1 / 3, 2)
 
 
 def test_infinite_outputs_still_name_a_class():
     outputs = torch.tensor([[float("inf"), 0.0], [0.0, float("-inf")]])
-    assert judge(Fixed(outputs), images([0, 0]), 2, who="x").value == 1
+    assert judge(Fixed(outputs), images([0, 0]), TASK, who="x").value == 1
 
 
 def test_top5_by_hand():
     """The class's place among eleven: 1st, 5th, 6th, 1st of ties, last of all ties, a NaN."""
     falling = [float(value) for value in range(11, 0, -1)]
     outputs = torch.tensor([falling] * 3 + [[0.0] * 11] * 2 + [[float("nan")] + [0.0] * 10])
-    found = judge(Fixed(outputs), images([0, 4, 5, 0, 10, 1]), 11, who="x", batch=4)
+    found = judge(Fixed(outputs), images([0, 4, 5, 0, 10, 1]), TASK, who="x", batch=4)
     assert (found.value, found.further, found.unreadable) == (2 / 6, {"top-5": 3 / 6}, 1)
 
 
 @pytest.mark.parametrize(("classes", "counted"), [(5, False), (10, False), (11, True)])
 def test_five_of_few_classes_say_nothing(classes, counted):
-    found = judge(Fixed(torch.eye(classes)), images(list(range(classes))), classes, who="x")
+    found = judge(Fixed(torch.eye(classes)), images(list(range(classes))), TASK, who="x")
     assert found.further == ({"top-5": 1} if counted else {})
 
 
@@ -78,7 +82,7 @@ def test_five_of_few_classes_say_nothing(classes, counted):
 @given(st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=5), st.data())
 def test_top5_against_a_plain_version(rows, data):
     labels = [data.draw(st.integers(0, 11)) for _ in rows]
-    found = judge(Fixed(torch.tensor(rows, dtype=torch.float)), images(labels), 12, who="x", batch=2)
+    found = judge(Fixed(torch.tensor(rows, dtype=torch.float)), images(labels), TASK, who="x", batch=2)
     places = [
         sum(v > row[label] or (v == row[label] and c < label) for c, v in enumerate(row))
         for row, label in zip(rows, labels, strict=True)
@@ -150,31 +154,31 @@ class HalfPrecise(Normalised):
 
 def noise(count=300):
     generator = torch.Generator().manual_seed(0)
-    return Images(torch.randn(count, 3, generator=generator), torch.zeros(count, dtype=torch.long))
+    return Examples(torch.randn(count, 3, generator=generator), torch.zeros(count, dtype=torch.long))
 
 
 @pytest.mark.parametrize("network", [OfItsBatch, OfItsFirstBatch, OfItsPast, AtRandom])
 def test_a_network_that_adapts_to_the_judges_images_is_refused(network):
     late = network()
-    with pytest.raises(ClaimError, match=r"depends on that image alone.* of 1\d images"):  # noqa: SIM117
-        with independent(late, noise(), 3, who="thief"):
-            judge(late, noise(), 3, who="thief")
+    with pytest.raises(ClaimError, match=r"depends on that example alone.* of 1\d examples"):  # noqa: SIM117
+        with independent(late, noise(), TASK, who="thief"):
+            judge(late, noise(), TASK, who="thief")
 
 
 def test_a_network_that_changes_itself_is_refused():
     network = Keeping()
     with pytest.raises(ClaimError, match=r"stays as it is.*norm.running_mean"):  # noqa: SIM117
-        with independent(network, noise(), 3, who="thief"):
-            judge(network, noise(), 3, who="thief")
+        with independent(network, noise(), TASK, who="thief"):
+            judge(network, noise(), TASK, who="thief")
 
 
 @pytest.mark.parametrize("network", [Normalised, WritesToItsInput, HalfPrecise])
 def test_other_networks_are_judged_and_the_images_stay(network):
     network, pictures = network(), noise()
-    with independent(network, pictures, 3, who="thief"):
-        found = judge(network, pictures, 3, who="thief")
+    with independent(network, pictures, TASK, who="thief"):
+        found = judge(network, pictures, TASK, who="thief")
     assert torch.equal(pictures.inputs, noise().inputs)
-    assert judge(network, noise(), 3, who="thief") == found
+    assert judge(network, noise(), TASK, who="thief") == found
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,7 @@ def test_judge_refuses_other_outputs(outputs):
             return outputs
 
     with pytest.raises(ClaimError, match=r"'thief'.*\(2, 2\).*got"):
-        judge(Odd(), images([0, 1]), 2, who="thief")
+        judge(Odd(), images([0, 1]), Classification(classes=2), who="thief")
 
 
 @pytest.mark.parametrize(

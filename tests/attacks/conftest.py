@@ -16,9 +16,10 @@ from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
 from deepenc.network.sites import Role, Site, Slot
 from deepenc.network.surgery import Layout, insert
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit
-from deepenc.victims.victim import Images
 
 
 class Toy(nn.Module):
@@ -53,14 +54,14 @@ def toy_sites(width: int) -> tuple[Site, ...]:
     return Site("conv1", width, first), Site("conv2", width, second)
 
 
-def toy_images(count: int, seed: int) -> Images:
+def toy_images(count: int, seed: int) -> Examples:
     """Four classes: which quarter of the image is bright."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     inputs = 0.5 * torch.randn(count, 1, 6, 6, generator=generator)
     for image, label in zip(inputs, labels.tolist(), strict=True):
         image[0, 3 * (label // 2) : 3 * (label // 2) + 3, 3 * (label % 2) : 3 * (label % 2) + 3] += 1.5
-    return Images(inputs, labels)
+    return Examples(inputs, labels)
 
 
 Fill = Callable[[Slot, tuple[int, ...], Tensor, torch.Generator], Tensor]
@@ -80,13 +81,13 @@ class Planted:
     case: Case
     original: nn.Module
     positions: dict[str, tuple[int, ...]]
-    judge: Images
+    judge: Examples
 
     def accuracy(self, network: nn.Module | None) -> float:
         """Share of the judge's images that a network gets right."""
         assert network is not None and not network.training
         with torch.no_grad():
-            return float((network(self.judge.inputs).argmax(1) == self.judge.labels).float().mean())
+            return float((network(self.judge.inputs).argmax(1) == self.judge.targets).float().mean())
 
     def auc(self, scores: dict[str, Tensor]) -> dict[str, float]:
         """Per site, scikit-learn's AUC of the scores."""
@@ -103,7 +104,13 @@ def trained() -> nn.Module:
     """A toy network that does its task."""
     torch.manual_seed(0)
     network = Toy()
-    assert fit(network, toy_images(200, 0), Recipe(steps=60, lr=0.1), torch.Generator().manual_seed(0))
+    assert fit(
+        network,
+        Classification(),
+        toy_images(200, 0),
+        Recipe(steps=60, lr=0.1),
+        torch.Generator().manual_seed(0),
+    )
     return network
 
 
@@ -155,9 +162,9 @@ def plant(trained: nn.Module) -> Plant:
             sites=layout.widened_sites(),
             allocation={k: len(v) for k, v in chosen.items()} if model.allocation else None,
             known=known or {},
-            labelled=Images(images.inputs[: model.labelled], images.labels[: model.labelled]),
-            unlabelled=images.inputs[model.labelled :],
-            classes=4,
+            labelled=images[: model.labelled],
+            unlabelled=images[model.labelled :].without_targets(),
+            task=Classification(classes=4),
             example=torch.zeros(1, 1, 6, 6),
             defense={"name": "planted"},
             threat=model,

@@ -32,7 +32,7 @@ def test_the_loss_falls_by_what_it_falls_by(plant):
     def loss(network):
         with torch.no_grad():
             logits = network(case.labelled.inputs).double().numpy()
-        own = logits[np.arange(16), case.labelled.labels.numpy()]
+        own = logits[np.arange(16), case.labelled.targets.numpy()]
         return float((logsumexp(logits, axis=1) - own).mean())
 
     for channel in (0, 2, 7):
@@ -49,7 +49,7 @@ def test_the_size_falls_by_what_it_falls_by_and_finds_what_lets_outputs_grow(pla
     scores = Ablation(objective="size", images=16).attack(case).scores
 
     def size(network):
-        return network(case.unlabelled).detach().abs().mean()
+        return network(case.unlabelled.inputs).detach().abs().mean()
 
     for channel in (0, 2, 7):
         network = copy.deepcopy(case.encrypted)

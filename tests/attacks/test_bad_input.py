@@ -15,7 +15,7 @@ from deepenc.arena.threat import Threat
 from deepenc.errors import OutOfBudget
 from deepenc.plugins import build, names
 from deepenc.seeds import isolated
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
 
 QUICK = {
     "finetune": {"epochs": 1},
@@ -52,7 +52,7 @@ def encryption():
 
 
 def case_for(attack, encryption, **more):
-    needs = attack.needs.model_dump()
+    needs = attack.needs.given_by_threats()
     images = {what: max(32, needs[what]) for what in ("labelled", "unlabelled")}
     threat = Threat(name="poor", **needs | images | {"trials": 50, "oracle": 400} | more)
     return build_case(encryption, threat, 1, 2, CPU)
@@ -82,16 +82,18 @@ def test_an_unusual_network_is_judged_all_the_same(attack, unusual):
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_one_class_alone(attack, encryption):
     case = case_for(attack, encryption)
-    labels = torch.zeros_like(case.labelled.labels)
-    case = dataclasses.replace(case, labelled=Images(case.labelled.inputs, labels))
+    labels = torch.zeros_like(case.labelled.targets)
+    case = dataclasses.replace(case, labelled=Examples(case.labelled.inputs, labels))
     assert readable(judged(attack, case, encryption))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_images_that_are_all_zero(attack, encryption):
     case = case_for(attack, encryption)
-    labelled = Images(torch.zeros_like(case.labelled.inputs), case.labelled.labels)
-    case = dataclasses.replace(case, labelled=labelled, unlabelled=torch.zeros_like(case.unlabelled))
+    labelled = Examples(torch.zeros_like(case.labelled.inputs), case.labelled.targets)
+    case = dataclasses.replace(
+        case, labelled=labelled, unlabelled=Examples(torch.zeros_like(case.unlabelled.inputs))
+    )
     assert readable(judged(attack, case, encryption))
 
 

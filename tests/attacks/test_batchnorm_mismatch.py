@@ -36,7 +36,7 @@ def test_the_selftest_is_passed(live):
 def test_right_statistics_tell_nothing(plant, random_network):
     positions = {"conv1": tuple(range(0, 200, 4))}
     planted = plant(network=random_network(150), width=150, positions=positions, unlabelled=64)
-    reestimate(planted.case.encrypted, planted.case.unlabelled)
+    reestimate(planted.case.encrypted, planted.case.unlabelled.inputs)
     scores = BatchnormMismatch(images=64).attack(planted.case).scores
     assert float(scores["conv1"].max()) < 1e-3
     assert 0.35 < planted.auc(scores | {"conv2": torch.zeros(150)})["conv1"] < 0.65

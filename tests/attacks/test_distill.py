@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from attacks.distill import Distill
 from deepenc.arena.case import Claim
@@ -35,7 +35,7 @@ def test_the_student_follows_the_answers_and_no_labels(plant):
 
     object.__setattr__(case, "oracle", always_second)
     network = Distill(steps=60, lr=0.1).attack(case).network
-    assert (network(case.unlabelled).argmax(1) == 1).float().mean() > 0.9
+    assert (network(case.unlabelled.inputs).argmax(1) == 1).float().mean() > 0.9
 
 
 def test_queries_are_kept_to_and_unlabelled_images_come_first(plant):
@@ -49,7 +49,7 @@ def test_queries_are_kept_to_and_unlabelled_images_come_first(plant):
 
     object.__setattr__(case, "oracle", watching)
     Distill(queries=20, steps=1).attack(case)
-    expected = torch.cat([case.unlabelled, case.labelled.inputs[:3]])
+    expected = torch.cat([case.unlabelled.inputs, case.labelled.inputs[:3]])
     assert case.meter.queries == 9 and torch.equal(torch.cat(seen), expected)
     few = plant(unlabelled=6, oracle=9).case
     Distill(queries=4, steps=1).attack(few)
@@ -61,18 +61,19 @@ def test_temperature_divides_both_models_outputs(plant, monkeypatch):
     case = planted.case
     given = {}
 
-    def train(case, network, recipe, images):
+    def train(case, network, recipe, examples):
         given.update(locals())
         return Claim(network=network)
 
     monkeypatch.setattr("attacks.distill.train", train)
     Distill(temperature=4).attack(case)
     with torch.no_grad():
-        expected = softmax(planted.original(case.unlabelled).numpy() / 4, axis=1)
-        assert np.allclose(given["images"].labels.numpy(), expected, atol=1e-5)
-        assert torch.allclose(
-            4 * given["network"](case.unlabelled), case.encrypted(case.unlabelled), atol=1e-4
-        )
+        expected = softmax(planted.original(case.unlabelled.inputs).numpy() / 4, axis=1)
+        assert np.allclose(given["examples"].targets.numpy(), expected, atol=1e-5)
+        mean = case.task.loss(given["network"], *given["examples"].batch(), temperature=4)
+        logs = log_softmax(case.encrypted(case.unlabelled.inputs).numpy() / 4, axis=1)
+        assert float(mean) == pytest.approx(-(expected * logs).sum(1).mean(), abs=1e-5)
+    assert given["recipe"].temperature == 4
 
 
 def test_an_unprotected_network_has_nothing_to_learn(plant):

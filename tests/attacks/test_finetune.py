@@ -11,8 +11,8 @@ from attacks.scratch import Scratch
 from deepenc.arena.kit.training import portion, train
 from deepenc.errors import ClaimError, OutOfBudget
 from deepenc.network.sites import Role
+from deepenc.tasks.examples import Examples
 from deepenc.victims.recipe import Recipe
-from deepenc.victims.victim import Images
 
 HEAD = {"linear.weight", "linear.bias"}
 NORMS = {"bn1.weight", "bn1.bias"}
@@ -45,7 +45,7 @@ def test_a_network_without_norms_is_claimed_as_it_is(plant):
 def test_a_network_without_a_head(plant):
     case = plant(labelled=40).case
     case.encrypted.linear.out_features = 5
-    with pytest.raises(ClaimError, match="4 outputs"):
+    with pytest.raises(ClaimError, match="no last layer of Toy is known"):
         claimed(case, layers="head")
     with pytest.raises(ClaimError, match="fresh_head"):
         claimed(case, fresh_head=True)
@@ -80,7 +80,7 @@ def test_recalibration_comes_first(plant):
     case = plant(labelled=20, unlabelled=10).case
     network = claimed(case, recalibrate=25, layers="head", freeze_norms=True)
     assert case.meter.samples == 25 + 4 * 20
-    inputs = torch.cat([case.unlabelled, case.labelled.inputs])[:25]
+    inputs = torch.cat([case.unlabelled.inputs, case.labelled.inputs])[:25]
     maps = case.encrypted.conv1(inputs)
     assert torch.allclose(network.bn1.running_mean, maps.mean((0, 2, 3)), atol=1e-5)
 
@@ -156,14 +156,14 @@ def test_options_reach_the_training(plant):
 
 def test_one_class_among_the_labels(plant):
     case = plant(labelled=40).case
-    case.labelled.labels[:] = 2
+    case.labelled.targets[:] = 2
     assert torch.isfinite(claimed(case).linear.weight).all()
 
 
 def test_train_takes_other_images_with_probabilities(plant):
     case = plant(unlabelled=20).case
-    images = Images(case.unlabelled, torch.full((20, 4), 0.25))
-    train(case, case.copy(), Recipe(steps=3), images=images)
+    images = Examples(case.unlabelled.inputs, torch.full((20, 4), 0.25))
+    train(case, case.copy(), Recipe(steps=3), examples=images)
     assert case.meter.samples == 60
 
 

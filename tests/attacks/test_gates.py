@@ -16,7 +16,9 @@ from deepenc.arena.duel import measure
 from deepenc.arena.metrics import checked_scores
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
-from deepenc.victims.victim import Images, Victim
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
+from deepenc.victims.victim import Victim
 from tests.attacks.fills import ruinous, same
 
 CPU = torch.device("cpu")
@@ -131,7 +133,7 @@ def test_samples_for_the_statistics_are_held_back(plant):
 @pytest.mark.parametrize("objective", ["loss", "entropy", "statistics"])
 def test_two_images_or_one_class_are_enough(plant, objective):
     case = plant(labelled=2, unlabelled=2).case
-    case.labelled.labels.zero_()
+    case.labelled.targets.zero_()
     attack = Gates(objective=objective, steps=3, freeze_norms=False)
     checked_scores(attack.attack(case).scores, case.sites, "test")
     assert (
@@ -185,13 +187,13 @@ def test_attention_and_linear_sites_are_repaired():
     inputs = 3 * torch.randn(600, 5, 3, generator=generator)
     with torch.no_grad():
         labels = model(inputs).argmax(1)
-    parts = [Images(inputs[part], labels[part]) for part in (slice(64), slice(64, 264), slice(264, 600))]
-    subject = Subject.of(Victim("attentive", model, 4, *parts, "attentive"))
+    parts = [Examples(inputs[part], labels[part]) for part in (slice(64), slice(64, 264), slice(264, 600))]
+    subject = Subject.of(Victim("attentive", model, Classification(classes=4), *parts, "attentive"))
     assert any(site.contracted for site in subject.sites)
     encryption = Encryption.of(subject, planted_defense("damage"), bytes(32))
     case = build_case(encryption, Threat(name="test", labelled=200), 1, 2, CPU)
     with torch.no_grad():
-        before = float((case.encrypted(parts[2].inputs).argmax(1) == parts[2].labels).float().mean())
+        before = float((case.encrypted(parts[2].inputs).argmax(1) == parts[2].targets).float().mean())
     measured = measure(Gates(tie=0.01).attack(case), case, encryption, "test", None)
     assert measured.score.value > before + 0.5 * (1 - before)
 

@@ -83,7 +83,7 @@ def test_worse_guesses_are_taken_back(plant):
             network.conv2.weight[:, scores["conv1"].bool()] = 0
             network.linear.weight.view(4, -1, 4)[:, scores["conv2"].bool()] = 0
             images = planted.case.labelled
-            return float(torch.nn.functional.cross_entropy(network(images.inputs), images.labels))
+            return float(torch.nn.functional.cross_entropy(network(images.inputs), images.targets))
 
     assert loss(end) < loss(start)
 

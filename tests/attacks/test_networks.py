@@ -52,7 +52,7 @@ def test_recalibrate_sets_the_statistics_of_its_images(plant):
     case = planted.case
     network = Recalibrate(images=32).attack(case).network
     assert case.meter.samples == 32
-    maps = network.conv1(case.unlabelled[:32]).detach().double()
+    maps = network.conv1(case.unlabelled[:32].inputs).detach().double()
     assert torch.allclose(network.bn1.running_mean.double(), maps.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(network.bn1.running_var.double(), maps.var((0, 2, 3)), atol=1e-5)
     assert network.bn1.momentum == case.encrypted.bn1.momentum == 0.1
@@ -61,7 +61,7 @@ def test_recalibrate_sets_the_statistics_of_its_images(plant):
 def test_recalibrate_averages_over_chunks(plant):
     case = plant(unlabelled=129).case  # chunks of at most 64: three of 43
     network = Recalibrate(images=129).attack(case).network
-    means = [network.conv1(case.unlabelled[a : a + 43]).mean((0, 2, 3)) for a in (0, 43, 86)]
+    means = [network.conv1(case.unlabelled[a : a + 43].inputs).mean((0, 2, 3)) for a in (0, 43, 86)]
     assert torch.allclose(network.bn1.running_mean, torch.stack(means).mean(0), atol=1e-5)
 
 

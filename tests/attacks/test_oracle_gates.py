@@ -61,7 +61,7 @@ def test_masks_of_equal_logits():
 def test_inputs_to_ask_are_the_images_held_then_noise(plant):
     case = plant(labelled=3, unlabelled=4, oracle=20).case
     inputs, answers = asked(case, 10, case.generator())
-    assert torch.equal(inputs[:4], case.unlabelled) and torch.equal(inputs[4:7], case.labelled.inputs)
+    assert torch.equal(inputs[:4], case.unlabelled.inputs) and torch.equal(inputs[4:7], case.labelled.inputs)
     assert inputs.shape == (10, 1, 6, 6) and inputs[7:].std() > 0.5
     assert answers.shape == (10, 4) and case.meter.queries == 10
     assert len(asked(case, 50, case.generator())[0]) == 10  # all that may still be asked

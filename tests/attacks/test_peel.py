@@ -59,13 +59,13 @@ def test_the_true_key_of_a_site_is_the_most_plausible():
     case, encryption = damaged()
     site = case.sites[0]
     key = encryption.key.positions[site.name]
-    true = verify(case.encrypted, site, key, case.unlabelled)
+    true = verify(case.encrypted, site, key, case.unlabelled.inputs)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         other = torch.randperm(site.width, generator=generator)[: len(key)].tolist()
-        assert verify(case.encrypted, site, other, case.unlabelled) > true
+        assert verify(case.encrypted, site, other, case.unlabelled.inputs) > true
     one_off = (*key[1:], next(c for c in range(site.width) if c not in key))
-    assert verify(case.encrypted, site, one_off, case.unlabelled) > true
+    assert verify(case.encrypted, site, one_off, case.unlabelled.inputs) > true
 
 
 def evidence(contributions):

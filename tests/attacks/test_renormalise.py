@@ -47,7 +47,7 @@ def norms_of(network):
 def network(plant):
     """A folded network in float64, and images."""
     case = folded(plant(oversized, unlabelled=128)).case
-    return case.copy().double(), case.unlabelled.double()
+    return case.copy().double(), case.unlabelled.inputs.double()
 
 
 def close(a, b):
@@ -143,12 +143,12 @@ def test_channels_that_are_constant_stay_so(network):
 @torch.no_grad()
 def test_only_convolutions_without_a_norm_get_one(plant):
     case = plant(unlabelled=16).case
-    assert unnormalised(case.copy(), case.unlabelled) == ["conv2"]
+    assert unnormalised(case.copy(), case.unlabelled.inputs) == ["conv2"]
     network = case.copy()
     network.bn1 = nn.Identity()
-    assert unnormalised(network, case.unlabelled) == ["conv1", "conv2"]
+    assert unnormalised(network, case.unlabelled.inputs) == ["conv1", "conv2"]
     network.conv2.bias[3] = torch.inf
-    with renormalised(network, ["conv1", "conv2"], case.unlabelled) as norms:
+    with renormalised(network, ["conv1", "conv2"], case.unlabelled.inputs) as norms:
         assert list(norms) == ["conv1"]
 
 
@@ -199,7 +199,7 @@ def test_unlabelled_images_come_first_and_all_are_counted(plant, monkeypatch):
     case = folded(plant(labelled=20, unlabelled=10)).case
     with case.meter.running():
         Renormalise(images=25, **SMALL).attack(case)
-    assert torch.equal(seen[0], torch.cat([case.unlabelled, case.labelled.inputs[:15]]))
+    assert torch.equal(seen[0], torch.cat([case.unlabelled.inputs, case.labelled.inputs[:15]]))
     assert (case.meter.samples, case.meter.steps) == (1 + 25 + 4 * 20, 4)
 
 

@@ -51,7 +51,7 @@ def test_scores_are_central_differences(plant, objective, freeze_norms):
         case.encrypted.linear.weight.mul_(0.03)  # where predictions are sure, slopes are nothing
     attack = Saliency(objective=objective, images=40, freeze_norms=freeze_norms)
     case.labelled.inputs.data = case.labelled.inputs.double()
-    case.unlabelled.data = case.unlabelled.double()
+    case.unlabelled.inputs.data = case.unlabelled.inputs.double()
     scores = attack.attack(case).scores["conv2"]
 
     def value(network):
@@ -59,8 +59,8 @@ def test_scores_are_central_differences(plant, objective, freeze_norms):
         with torch.no_grad():
             if objective == "loss":
                 logits = network(case.labelled.inputs)
-                return float(F.cross_entropy(logits, case.labelled.labels, reduction="sum"))
-            return float(scipy_entropy(network(case.unlabelled).softmax(1).numpy(), axis=1).sum())
+                return float(F.cross_entropy(logits, case.labelled.targets, reduction="sum"))
+            return float(scipy_entropy(network(case.unlabelled.inputs).softmax(1).numpy(), axis=1).sum())
 
     for channel in (0, 3, 9):
         rise = value(weighted(case.encrypted, channel, 1.001)) - value(

@@ -130,9 +130,9 @@ def test_training_and_validation_images_are_apart(plant):
     rows = {tuple(image.flatten().tolist()) for image in torch.cat([training.inputs, validation.inputs])}
     assert len(rows) == 40
     for part in (training, validation):
-        for image, label in zip(part.inputs, part.labels, strict=True):
+        for image, label in zip(part.inputs, part.targets, strict=True):
             (index,) = (case.labelled.inputs == image).flatten(1).all(1).nonzero()
-            assert case.labelled.labels[index] == label
+            assert case.labelled.targets[index] == label
 
 
 def test_failed_trials_do_not_stop_the_search(plant):

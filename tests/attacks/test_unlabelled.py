@@ -35,11 +35,11 @@ def test_mismatches_are_nothing_where_statistics_are_right(plant, live):
 
     def mismatch():
         with torch.no_grad(), mismatches(network, batchnorms(case.encrypted)) as found:
-            network(case.unlabelled)
+            network(case.unlabelled.inputs)
         return [float(value) for value in found]
 
     [before] = mismatch()
-    moments = norm_moments(case.encrypted, case.unlabelled)["bn1"]
+    moments = norm_moments(case.encrypted, case.unlabelled.inputs)["bn1"]
     case.encrypted.bn1.running_mean.copy_(moments.mean)
     case.encrypted.bn1.running_var.copy_(moments.variance)
     assert before > 0.01 and mismatch() == [pytest.approx(0, abs=1e-6)]
@@ -49,10 +49,10 @@ def test_mismatches_are_nothing_where_statistics_are_right(plant, live):
 def test_inconsistency_is_nothing_where_statistics_are_right(plant):
     case = plant(unlabelled=32).case
     network = case.copy()
-    before = inconsistency(network, case.unlabelled)
-    moments = norm_moments(network, case.unlabelled)["bn1"]
+    before = inconsistency(network, case.unlabelled.inputs)
+    moments = norm_moments(network, case.unlabelled.inputs)["bn1"]
     network.bn1.running_mean.copy_(moments.mean)
     network.bn1.running_var.copy_(moments.variance)
-    assert before > 0.01 > inconsistency(network, case.unlabelled)
+    assert before > 0.01 > inconsistency(network, case.unlabelled.inputs)
     network.bn1 = nn.Identity()
-    assert inconsistency(network, case.unlabelled) == 0
+    assert inconsistency(network, case.unlabelled.inputs) == 0

@@ -24,7 +24,9 @@ from deepenc.cli import app
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.disk.header import HEADER, read_header
 from deepenc.encryption.keys.key import save_key
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
+from deepenc.victims.victim import Victim, VictimSource
 
 COMMANDS = ("encrypt", "decrypt", "inspect", "run", "report", "list", "check")
 Run = Callable[..., Result]
@@ -49,9 +51,9 @@ class Toy(VictimSource):
         model, _ = self.network(cache)
         generator = torch.Generator().manual_seed(1)
         parts = [
-            Images(torch.randn(30, 1, 6, 6, generator=generator), torch.arange(30) % 3) for _ in range(3)
+            Examples(torch.randn(30, 1, 6, 6, generator=generator), torch.arange(30) % 3) for _ in range(3)
         ]
-        return Victim(self.label, model, 3, *parts, "toy")
+        return Victim(self.label, model, Classification(classes=3), *parts, "toy")
 
 
 @pytest.fixture
@@ -486,5 +488,5 @@ def test_encrypt_says_what_is_left_without_the_key(run: Run, tmp_path: Path) -> 
     victim = Toy().load(tmp_path)
     network = deepenc.load(tmp_path / "a").network(victim.model)
     for net, part in ((network, found[1]), (victim.model, found[2])):
-        right = net(victim.defender.inputs).argmax(1) == victim.defender.labels
+        right = net(victim.defender.inputs).argmax(1) == victim.defender.targets
         assert float(part) == pytest.approx(100 * float(right.float().mean()), abs=0.05)

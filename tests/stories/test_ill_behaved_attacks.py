@@ -72,7 +72,7 @@ class IllBehaved(Attack):
                 file.write(f"{subprocess.Popen(['sleep', '600'], start_new_session=session).pid}\\n")
 
     def load_data(self, case):
-        for _ in DataLoader(TensorDataset(case.unlabelled), batch_size=4, num_workers=1):
+        for _ in DataLoader(TensorDataset(case.unlabelled.inputs), batch_size=4, num_workers=1):
             pass
 '''
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from deepenc.errors import ConfigError, OutOfBudget
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.augment import shifted
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit
-from deepenc.victims.victim import Images
 
 
 def generator(seed=0):
@@ -27,7 +28,7 @@ def generator(seed=0):
 
 def images(count=64, seed=0):
     inputs = torch.randn(count, 5, generator=generator(seed))
-    return Images(inputs, (inputs[:, 0] > 0).long())
+    return Examples(inputs, (inputs[:, 0] > 0).long())
 
 
 def network(*extra):
@@ -50,14 +51,14 @@ def batches(data, size, source):
         order = torch.randperm(len(data), generator=source)
         for start in range(0, max(1, len(data) // size) * size, size):
             chosen = order[start : start + size]
-            yield data.inputs[chosen], data.labels[chosen]
+            yield data.inputs[chosen], data.targets[chosen]
 
 
 def shown(data, recipe):
     """The first values of the inputs that a network is trained on, batch by batch."""
     model, seen = nn.Linear(data.inputs.shape[1], 2), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 0].tolist()))
-    fit(model, data, recipe, generator())
+    fit(model, Classification(), data, recipe, generator())
     return seen
 
 
@@ -65,7 +66,7 @@ def test_fit_is_plain_sgd_with_a_cosine():
     """Against a loop written out: same batches, momentum, weight decay, and a learning rate by formula."""
     recipe = Recipe(steps=7, lr=0.2, final_lr=0.02, momentum=0.8, weight_decay=0.01, batch_size=16)
     data, trained, plain = images(40), network(), network()
-    fit(trained, data, recipe, generator(1))
+    fit(trained, Classification(), data, recipe, generator(1))
 
     source = generator(1)
     torch.randint(2**62, (), generator=source)  # what fit draws for dropout
@@ -84,7 +85,7 @@ def test_fit_is_plain_sgd_with_a_cosine():
 
 
 def test_an_epoch_shows_each_image_once_and_leaves_out_an_incomplete_batch():
-    data = Images(torch.arange(10.0)[:, None], torch.arange(10) % 2)
+    data = Examples(torch.arange(10.0)[:, None], torch.arange(10) % 2)
     seen = shown(data, Recipe(epochs=3, batch_size=4))
     assert [len(batch) for batch in seen] == [4] * 6
     epochs = [seen[0] + seen[1], seen[2] + seen[3], seen[4] + seen[5]]
@@ -92,7 +93,9 @@ def test_an_epoch_shows_each_image_once_and_leaves_out_an_incomplete_batch():
 
 
 def test_fewer_images_than_a_batch_are_one_batch():
-    seen = shown(Images(torch.arange(3.0)[:, None], torch.tensor([0, 1, 1])), Recipe(epochs=5, batch_size=64))
+    seen = shown(
+        Examples(torch.arange(3.0)[:, None], torch.tensor([0, 1, 1])), Recipe(epochs=5, batch_size=64)
+    )
     assert [sorted(batch) for batch in seen] == [[0, 1, 2]] * 5
 
 
@@ -107,7 +110,7 @@ def test_within_a_budget(steps, samples, expected):
 def test_batch_norm_and_dropout_are_in_training_mode_and_eval_mode_afterwards():
     model = network(nn.BatchNorm1d(8), nn.Dropout(0.9)).eval()
     before = state(model)
-    assert fit(model, images(), Recipe(steps=3), generator())
+    assert fit(model, Classification(), images(), Recipe(steps=3), generator())
     assert int(model[1].num_batches_tracked) == 3
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
     assert not any(module.training for module in model.modules())
@@ -121,16 +124,16 @@ def test_nothing_outside_is_touched():
     model = network(nn.Dropout(0.5))
     model[0].bias.requires_grad_(False)
     data = images()
-    kept = data.inputs.clone(), data.labels.clone()
+    kept = data.inputs.clone(), data.targets.clone()
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(model, data, Recipe(steps=2), generator())
+        fit(model, Classification(), data, Recipe(steps=2), generator())
         assert not torch.is_grad_enabled()
     assert not caught
     assert torch.equal(rng, torch.get_rng_state())
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
     assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(kept[0], data.inputs) and torch.equal(kept[1], data.labels)
+    assert torch.equal(kept[0], data.inputs) and torch.equal(kept[1], data.targets)
     assert signal.getsignal(signal.SIGINT) is handler
     for name in ("lightning.pytorch", "lightning.fabric"):
         assert logging.getLogger(name).level in (levels[name], logging.INFO)
@@ -138,16 +141,16 @@ def test_nothing_outside_is_touched():
 
 def test_the_generator_decides_everything():
     first, same, other = (network(nn.Dropout(0.5)) for _ in range(3))
-    fit(first, images(), Recipe(steps=5), generator(1))
+    fit(first, Classification(), images(), Recipe(steps=5), generator(1))
     torch.manual_seed(99)
-    fit(same, images(), Recipe(steps=5), generator(1))
-    fit(other, images(), Recipe(steps=5), generator(2))
+    fit(same, Classification(), images(), Recipe(steps=5), generator(1))
+    fit(other, Classification(), images(), Recipe(steps=5), generator(2))
     assert equal(state(first), state(same)) and not equal(state(first), state(other))
 
 
 def test_divergence_keeps_the_last_finite_weights():
     model = network(nn.BatchNorm1d(8))
-    assert not fit(model, images(), Recipe(steps=50, lr=1e30, batch_size=16), generator())
+    assert not fit(model, Classification(), images(), Recipe(steps=50, lr=1e30, batch_size=16), generator())
     assert all(torch.isfinite(t).all() for t in state(model).values())
     assert torch.isfinite(model(images().inputs)).all()
 
@@ -168,10 +171,10 @@ def test_divergence_goes_back_to_the_weights_of_the_last_finite_loss():
 
     # The third loss is the last finite one; its weights are those after two steps.
     diverging = at_call(4, lambda outputs: outputs * torch.nan)
-    assert not fit(diverging, images(), Recipe(steps=10, batch_size=16), generator())
+    assert not fit(diverging, Classification(), images(), Recipe(steps=10, batch_size=16), generator())
     stopped = at_call(3, stop)
     with pytest.raises(OutOfBudget):
-        fit(stopped, images(), Recipe(steps=10, batch_size=16), generator())
+        fit(stopped, Classification(), images(), Recipe(steps=10, batch_size=16), generator())
     assert equal(state(stopped), state(diverging))
 
 
@@ -180,7 +183,7 @@ def test_images_that_are_not_finite_change_nothing():
     before = state(model)
     data = images()
     data.inputs[:] = torch.nan
-    assert not fit(model, data, Recipe(steps=5), generator())
+    assert not fit(model, Classification(), data, Recipe(steps=5), generator())
     floating = {name: t for name, t in before.items() if t.is_floating_point()}
     assert equal(floating, state(model))
 
@@ -194,7 +197,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
     model = nn.Sequential(nn.Linear(5, 2), Root())
     before = state(model)
-    assert not fit(model, images(), Recipe(steps=5), generator())
+    assert not fit(model, Classification(), images(), Recipe(steps=5), generator())
     assert equal(before, state(model))
 
 
@@ -208,7 +211,7 @@ def test_the_network_itself_is_called_and_may_stop_the_training():
 
     model.register_forward_pre_hook(count)
     with pytest.raises(OutOfBudget, match="enough"):
-        fit(model, images(40), Recipe(steps=10, batch_size=16), generator())
+        fit(model, Classification(), images(40), Recipe(steps=10, batch_size=16), generator())
     assert seen == [16, 16, 16]
     assert not model.training
 
@@ -218,13 +221,19 @@ def test_ctrl_c_stays_ctrl_c():
     handler = signal.getsignal(signal.SIGINT)
     model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        fit(model, images(), Recipe(steps=10), generator())
+        fit(model, Classification(), images(), Recipe(steps=10), generator())
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_no_images_is_an_error():
-    with pytest.raises(ConfigError, match="at least one image"):
-        fit(network(), Images(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)), Recipe(), generator())
+    with pytest.raises(ConfigError, match="at least one example"):
+        fit(
+            network(),
+            Classification(),
+            Examples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)),
+            Recipe(),
+            generator(),
+        )
 
 
 def test_shifts_move_whole_images_with_their_edge():

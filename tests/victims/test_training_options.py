@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from deepenc.arena.kit import groups
 from deepenc.errors import ConfigError
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.augment import cropped, flipped
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit
-from deepenc.victims.victim import Images
 
 
 def generator(seed=0):
@@ -22,7 +23,7 @@ def generator(seed=0):
 
 def images(count=40, shape=(5,)):
     inputs = torch.randn(count, *shape, generator=generator(7))
-    return Images(inputs, (inputs.flatten(1)[:, 0] > 0).long())
+    return Examples(inputs, (inputs.flatten(1)[:, 0] > 0).long())
 
 
 def seeded(make):
@@ -67,7 +68,7 @@ def plain(model, data, recipe, source, loss, rates=None):
         for start in range(0, len(data) - size + 1, size)
     )
     for step, chosen in zip(range(recipe.steps), batches, strict=False):
-        inputs, labels = data.inputs[chosen], data.labels[chosen]
+        inputs, labels = data.inputs[chosen], data.targets[chosen]
         gradients = torch.autograd.grad(loss(model(inputs), labels), tuple(named.values()))
         with torch.no_grad():
             for (name, p), gradient in zip(named.items(), gradients, strict=True):
@@ -87,7 +88,7 @@ RECIPE = Recipe(steps=6, lr=0.1, final_lr=0.02, batch_size=16)
 def test_channels_last_changes_neither_the_result_nor_the_layout():
     data, fitted = images(shape=(1, 4, 4)), seeded(Convolutional)
     strides = {name: t.stride() for name, t in fitted.state_dict().items()}
-    assert fit(fitted, data, RECIPE, generator(1))
+    assert fit(fitted, Classification(), data, RECIPE, generator(1))
     assert close(fitted, plain(seeded(Convolutional), data, RECIPE, generator(1), F.cross_entropy), 1e-5)
     assert {name: t.stride() for name, t in fitted.state_dict().items()} == strides
 
@@ -97,7 +98,7 @@ def test_convolutions_run_channels_last():
     model.second.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
     )
-    fit(model, images(shape=(1, 4, 4)), Recipe(steps=1), generator())
+    fit(model, Classification(), images(shape=(1, 4, 4)), Recipe(steps=1), generator())
     assert seen == [True]
     model(images(shape=(1, 4, 4)).inputs)
     assert seen == [True, False]
@@ -106,14 +107,14 @@ def test_convolutions_run_channels_last():
 def test_a_layout_of_its_own_is_kept():
     model = seeded(Convolutional).to(memory_format=torch.channels_last)
     strides = model.second.weight.stride()
-    fit(model, images(shape=(1, 4, 4)), Recipe(steps=1), generator())
+    fit(model, Classification(), images(shape=(1, 4, 4)), Recipe(steps=1), generator())
     assert model.second.weight.stride() == strides
 
 
 def test_groups_are_learning_rates():
     rates = {"0.weight": 0.5, "2.bias": 2.0}
     fitted, untouched = dense(), state(dense())
-    fit(fitted, images(), RECIPE, generator(1), groups=rates | {"2.weight": 0.0})
+    fit(fitted, Classification(), images(), RECIPE, generator(1), groups=rates | {"2.weight": 0.0})
     assert close(fitted, plain(dense(), images(), RECIPE, generator(1), F.cross_entropy, rates))
     for name in ("0.bias", "2.weight"):
         assert torch.equal(fitted.state_dict()[name], untouched[name])
@@ -124,7 +125,7 @@ def test_nothing_to_train_costs_nothing():
     model = dense()
     before = state(model)
     model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
-    assert fit(model, images(), RECIPE, generator(), groups={"0.weight": 0.0})
+    assert fit(model, Classification(), images(), RECIPE, generator(), groups={"0.weight": 0.0})
     assert all(torch.equal(t, before[n]) for n, t in state(model).items())
 
 
@@ -134,7 +135,7 @@ def test_nothing_to_train_costs_nothing():
 )
 def test_factors_that_cannot_be_meant(which, named, match):
     with pytest.raises(ConfigError, match=match):
-        fit(dense(), images(), RECIPE, generator(), **{which: named})
+        fit(dense(), Classification(), images(), RECIPE, generator(), **{which: named})
 
 
 def test_a_tied_parameter_goes_by_either_name():
@@ -150,14 +151,14 @@ def test_a_tied_parameter_goes_by_either_name():
 
     model = seeded(Tied)
     before = state(model)
-    fit(model, images(), RECIPE, generator(), groups={"two.weight": 1.0})
+    fit(model, Classification(), images(), RECIPE, generator(), groups={"two.weight": 1.0})
     assert not torch.equal(model.one.weight, before["one.weight"])
     assert torch.equal(model.one.bias, before["one.bias"]) and model.two.weight is model.one.weight
 
 
 def test_l1_is_in_the_loss_and_makes_small():
     fitted, model = dense(), dense()
-    fit(fitted, images(), RECIPE, generator(1), l1={"0.weight": 0.3})
+    fit(fitted, Classification(), images(), RECIPE, generator(1), l1={"0.weight": 0.3})
 
     def loss(outputs, labels):
         return F.cross_entropy(outputs, labels) + 0.3 * model[0].weight.abs().sum()
@@ -168,7 +169,7 @@ def test_l1_is_in_the_loss_and_makes_small():
 
 def test_label_smoothing():
     fitted, recipe = dense(), Recipe(steps=6, batch_size=16, label_smoothing=0.3)
-    fit(fitted, images(), recipe, generator(1))
+    fit(fitted, Classification(), images(), recipe, generator(1))
 
     def loss(outputs, labels):
         targets = 0.7 * F.one_hot(labels, 2) + 0.15
@@ -179,21 +180,21 @@ def test_label_smoothing():
 
 def test_probabilities_as_labels():
     data = images()
-    soft = Images(data.inputs, torch.rand(40, 2, generator=generator(3)).softmax(1))
-    hard = Images(data.inputs, F.one_hot(data.labels, 2).float())
+    soft = Examples(data.inputs, torch.rand(40, 2, generator=generator(3)).softmax(1))
+    hard = Examples(data.inputs, F.one_hot(data.targets, 2).float())
     fitted, one_hot, whole = dense(), dense(), dense()
-    fit(fitted, soft, RECIPE, generator(1))
+    fit(fitted, Classification(), soft, RECIPE, generator(1))
     expected = plain(dense(), soft, RECIPE, generator(1), lambda o, t: -(t * o.log_softmax(1)).sum(1).mean())
     assert close(fitted, expected)
-    fit(one_hot, hard, RECIPE, generator(1))
-    fit(whole, data, RECIPE, generator(1))
+    fit(one_hot, Classification(), hard, RECIPE, generator(1))
+    fit(whole, Classification(), data, RECIPE, generator(1))
     assert close(one_hot, whole)
 
 
 def test_norms_in_eval_mode_keep_their_statistics_and_still_learn():
     model, data = seeded(Convolutional), images(shape=(1, 4, 4))
     before = state(model)
-    fit(model, data, Recipe(steps=4, eval_norms=True), generator())
+    fit(model, Classification(), data, Recipe(steps=4, eval_norms=True), generator())
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(model.state_dict()[f"norm.{name}"], before[f"norm.{name}"])
     assert not torch.equal(model.norm.weight, before["norm.weight"])
@@ -204,8 +205,10 @@ def test_mixed_runs_in_bfloat16_and_keeps_the_weights_in_float32():
     kinds = set()
     mixed.second.register_forward_hook(lambda _, __, outputs: kinds.add(outputs.dtype))
     recipe = Recipe(steps=20, lr=0.05, batch_size=16, mixed=True)
-    fit(exact, data, Recipe(steps=20, lr=0.05, batch_size=16), generator(1))
-    assert fit(mixed, data, recipe, generator(1)) and fit(again, data, recipe, generator(1))
+    fit(exact, Classification(), data, Recipe(steps=20, lr=0.05, batch_size=16), generator(1))
+    assert fit(mixed, Classification(), data, recipe, generator(1)) and fit(
+        again, Classification(), data, recipe, generator(1)
+    )
     assert kinds == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in mixed.parameters())
     assert not close(exact, mixed) and close(exact, mixed, 0.05)
@@ -246,7 +249,7 @@ def test_augmentation_follows_the_generator_and_leaves_the_images():
     for number, (model, seed) in enumerate(zip(models, (1, 1, 2), strict=True)):
         torch.manual_seed(number)
         before = torch.get_rng_state()
-        fit(model, data, recipe, generator(seed))
+        fit(model, Classification(), data, recipe, generator(seed))
         assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(data.inputs, kept)
     one, same, other = map(state, models)
@@ -257,8 +260,8 @@ def test_augmentation_follows_the_generator_and_leaves_the_images():
 def test_groups_of_a_residual_network():
     model = CifarResNet(8)
     assert len(groups.of_all(model)) == len(list(model.parameters()))
-    assert groups.of_head(model, 10) == {"linear.weight": 1.0, "linear.bias": 1.0}
-    assert groups.of_head(model, 11) == {}
+    assert groups.of_head(model, Classification(classes=10)) == {"linear.weight": 1.0, "linear.bias": 1.0}
+    assert groups.of_head(model, Classification(classes=11)) == {}
     norms = groups.of_norms(model)
     assert len(norms) == 2 * 7 and "layer1.0.bn1.bias" in norms
     assert groups.norm_scales(model) == [name for name in norms if name.endswith("weight")]
@@ -270,4 +273,4 @@ def test_groups_of_a_residual_network():
 
 def test_a_convolution_as_head():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert groups.head(model, 10) == "1"
+    assert Classification(classes=10).head(model) == ("1",)

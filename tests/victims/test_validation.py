@@ -13,20 +13,22 @@ from torch import nn
 
 from deepenc.arena.run.worker import Workspace
 from deepenc.errors import VictimError
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.splits import shared
 from deepenc.victims.validation import validated
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.victim import Victim, VictimSource
 
 
-def images(count: int, seed: int) -> Images:
+def images(count: int, seed: int) -> Examples:
     """Random inputs; their class is where the largest of three values is."""
     inputs = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return Images(inputs, inputs.argmax(1))
+    return Examples(inputs, inputs.argmax(1))
 
 
 def victim(**changed: Any) -> Victim:
-    made = Victim("mine", nn.Identity(), 3, images(20, 0), images(30, 1), images(40, 2), "0" * 64)
-    return replace(made, **changed)
+    parts = (images(20, 0), images(30, 1), images(40, 2))
+    return replace(Victim("mine", nn.Identity(), Classification(classes=3), *parts, "0" * 64), **changed)
 
 
 def test_a_victim_that_is_right_is_itself(caplog: pytest.LogCaptureFixture) -> None:
@@ -36,7 +38,7 @@ def test_a_victim_that_is_right_is_itself(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.text and torch.equal(before, torch.get_rng_state())
 
 
-def spoiled(part: str, at: tuple[int, ...], value: float) -> Images:
+def spoiled(part: str, at: tuple[int, ...], value: float) -> Examples:
     made = images(40, 2)
     getattr(made, part)[at] = value
     return made
@@ -51,28 +53,27 @@ class Wrong(nn.Module):
         return self.change(x)
 
 
-OVERLAPPING = Images(torch.cat([images(30, 1).inputs[7:9], images(38, 2).inputs]), images(40, 2).labels)
+OVERLAPPING = Examples(torch.cat([images(30, 1).inputs[7:9], images(38, 2).inputs]), images(40, 2).targets)
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "judge is attacker": ({"judge": images(30, 1)}, "30 of the attacker's images are the judge's, too"),
-    "two of the judge's": ({"judge": OVERLAPPING}, "2 of the attacker's images are the judge's, too"),
-    "attacker is defender": ({"attacker": images(20, 0)}, "20 of the defender's images are the attacker's"),
-    "a label too large": ({"judge": spoiled("labels", (5,), 3)}, "judge's labels: .* below 3, .* got 0 to 3"),
-    "a label below 0": ({"judge": spoiled("labels", (5,), -1)}, "judge's labels: expected classes from 0"),
-    "the defender's label": ({"defender": spoiled("labels", (5,), 7)}, "defender's labels: .* got 0 to 7"),
-    "fewer labels": ({"judge": Images(images(9, 2).inputs, images(8, 2).labels)}, r"labels: .*int64 \(9,\)"),
-    "labels of another kind": ({"judge": Images(images(9, 2).inputs, torch.ones(9))}, "got torch.float32"),
-    "NaN": ({"judge": spoiled("inputs", (17, 1), torch.nan)}, "judge's inputs: image 17 has values that"),
-    "infinite": ({"attacker": spoiled("inputs", (0, 0), torch.inf)}, "attacker's inputs: image 0 has values"),
-    "no judge": ({"judge": images(0, 0)}, "judge's inputs: expected .* at least one image"),
-    "no defender": ({"defender": images(0, 0)}, "defender's inputs: expected .* at least one image"),
-    "no images": ({"attacker": None}, "attacker's part: expected Images, got NoneType"),
+    "judge is attacker": ({"judge": images(30, 1)}, "30 of the attacker's examples are the judge's, too"),
+    "two of the judge's": ({"judge": OVERLAPPING}, "2 of the attacker's examples are the judge's, too"),
+    "attacker is defender": ({"attacker": images(20, 0)}, "20 of the defender's examples are the attacker's"),
+    "a label too large": ({"judge": spoiled("targets", (5,), 3)}, "judge's targets: .* below 3, .* 0 to 3"),
+    "a label below 0": ({"judge": spoiled("targets", (5,), -1)}, "judge's targets: expected classes from 0"),
+    "the defender's label": ({"defender": spoiled("targets", (5,), 7)}, "defender's targets: .* got 0 to 7"),
+    "targets of a kind": ({"judge": Examples(images(9, 2).inputs, torch.ones(9))}, r"got float32 \(9,\)"),
+    "NaN": ({"judge": spoiled("inputs", (17, 1), torch.nan)}, "judge's inputs: example 17 has values that"),
+    "infinite": ({"attacker": spoiled("inputs", (0, 0), torch.inf)}, "attacker's inputs: example 0 has"),
+    "no judge": ({"judge": images(0, 0)}, "judge's part: expected at least one example"),
+    "no defender": ({"defender": images(0, 0)}, "defender's part: expected at least one example"),
+    "no images": ({"attacker": None}, "attacker's part: expected Examples, got NoneType"),
     "no network": ({"model": None}, "expected a torch.nn.Module as `model`, got NoneType"),
     "no public network": ({"public": "resnet18"}, "expected a torch.nn.Module as `public`, got str"),
-    "one class": ({"classes": 1}, "expected a number of classes, 2 or more, got 1"),
-    "more classes": ({"classes": 4}, r"expected outputs \(images, classes\), here \(1, 4\)"),
-    "other outputs": ({"model": Wrong(lambda x: {"logits": x})}, r"got dict"),
-    "does not run": ({"model": nn.Linear(5, 3)}, "does not run on the defender's images: RuntimeError"),
-    "NaN outputs": ({"model": Wrong(lambda x: x / 0)}, "outputs on the defender's images are not finite"),
+    "no task": ({"task": 10}, "expected a Task as `task`, got int"),
+    "more classes": ({"task": Classification(classes=4)}, r"expected logits .*, here .* \(1, 4\)"),
+    "other outputs": ({"model": Wrong(lambda x: {"logits": x})}, r"got \{logits: float32 \(1, 3\)\}"),
+    "does not run": ({"model": nn.Linear(5, 3)}, "does not run on the defender's examples: RuntimeError"),
+    "NaN outputs": ({"model": Wrong(lambda x: x / 0)}, "outputs on the defender's examples are not finite"),
 }  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def test_a_network_at_chance_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_network_to_be_trained_may_have_the_images_of_another_task() -> None:
-    made = victim(defender=Images(images(20, 0).inputs, torch.arange(20)), trained=False)
+    made = victim(defender=Examples(images(20, 0).inputs, torch.arange(20)), trained=False)
     assert validated(made) is made
 
 
@@ -108,10 +109,15 @@ def test_inputs_are_compared_bit_for_bit_and_not_by_a_few_values() -> None:
     one = torch.randn(6, 3, 20, 20)
     other = one.clone()
     other[:4, 1, 7, 8] += 1  # not among the values that are looked at first
-    assert shared(one, other) == 2 == shared(other, one)
-    assert shared(one, one[:, :, :10]) == 0 == shared(one, one.double())
-    assert shared(one[:0], one) == 0 == shared(one, one[:0])
-    assert shared(torch.tensor([1, 2, 2]), torch.tensor([2, 3])) == 2
+    assert common(one, other) == 2 == common(other, one)
+    assert common(one, one[:, :, :10]) == 0 == common(one, one.double())
+    assert common(one[:0], one) == 0 == common(one, one[:0])
+    assert common(torch.tensor([1, 2, 2]), torch.tensor([2, 3])) == 2
+    assert common((one, one), (one, other)) == 2, "several inputs are compared together"
+
+
+def common(one: Any, other: Any) -> int:
+    return shared(Examples(one), Examples(other))
 
 
 def test_the_arena_asks(tmp_path: Path) -> None:
@@ -124,5 +130,5 @@ def test_the_arena_asks(tmp_path: Path) -> None:
         def load(self, cache: Path) -> Victim:
             return victim(judge=images(30, 1))
 
-    with pytest.raises(VictimError, match="30 of the attacker's images are the judge's"):
+    with pytest.raises(VictimError, match="30 of the attacker's examples are the judge's"):
         Workspace(tmp_path).victim(Careless())

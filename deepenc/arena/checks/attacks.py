@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from deepenc import trees
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.checks.base import Broken, Check, NothingPromised, differing, snapshot, watched
@@ -18,7 +19,8 @@ from deepenc.arena.checks.bounds import check_ends
 from deepenc.arena.checks.selftest import selftest
 from deepenc.arena.checks.tiny import TinySource, Unusual, host_defense, tiny_subject, unusual_subject
 from deepenc.arena.duel import measure, run_attack, run_duel
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Threat
 from deepenc.encryption.keys.key import Key
 from deepenc.errors import OutOfBudget
@@ -55,7 +57,7 @@ class Bench:
 
     def __init__(self, attack: Attack) -> None:
         self.attack = attack
-        needs = attack.needs.model_dump()
+        needs = attack.needs.given_by_threats()
         images = {
             "labelled": max(LABELLED, needs["labelled"]),
             "unlabelled": max(UNLABELLED, needs["unlabelled"]),
@@ -136,7 +138,7 @@ class Bench:
     def check_needs(self) -> None:
         """Under a threat model that gives exactly what is needed, and under one that gives less."""
         needs = self.attack.needs
-        exact = Threat(name="exact", **needs.model_dump())
+        exact = Threat(name="exact", **needs.given_by_threats())
         self._expect(exact, {"done"})
         if needs.missing(bare := Threat(name="bare", architecture=False, allocation=False)):
             self._expect(bare, {"unsupported"})
@@ -222,8 +224,12 @@ def content(claim: Claim) -> dict[str, Tensor]:
 
 
 def _images(case: Case) -> dict[str, Tensor]:
-    images = {"labelled": case.labelled.inputs, "labels": case.labelled.labels, "unlabelled": case.unlabelled}
-    return {name: tensor.clone() for name, tensor in images.items()}
+    parts = {"labelled": tuple(case.labelled.batch()), "unlabelled": case.unlabelled.inputs}
+    return {
+        f"{name} {i}": tensor.clone()
+        for name, part in parts.items()
+        for i, tensor in enumerate(trees.tensors(part))
+    }
 
 
 def _given(threat: Threat) -> str:

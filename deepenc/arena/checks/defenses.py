@@ -129,7 +129,7 @@ def defense_checks(defense: Defense) -> list[Check]:
 def _original() -> Original:
     subject = tiny_subject()
     victim = subject.victim
-    return Original(victim.model, subject.sites, victim.example, victim.defender.inputs)
+    return Original(victim.model, subject.sites, victim.example, victim.defender, victim.task)
 
 
 def _neurons() -> list[Neurons]:
@@ -165,6 +165,7 @@ def _encrypt(defense: Defense, index: int = 0) -> Any:
         secret=_secret(index),
         sites=original.sites,
         data=original.data,
+        task=original.task,
     )
 
 
@@ -217,8 +218,8 @@ def _check_no_leak(defense: Defense) -> None:
         suspects = most_suspect(array, encryption.key.allocation) if found.anything else {}
         close(case.meter)
         with torch.no_grad():
-            kept = case.encrypted(images.inputs).argmax(1) == images.labels
-            pried = case.remove(suspects).eval()(images.inputs).argmax(1) == images.labels
+            kept = case.encrypted(images.inputs).argmax(1) == images.targets
+            pried = case.remove(suspects).eval()(images.inputs).argmax(1) == images.targets
         gained.append(float(pried.double().mean() - kept.double().mean()))
     if not scores:
         return

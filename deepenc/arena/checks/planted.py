@@ -22,7 +22,7 @@ from deepenc.arena.case import Weakness
 from deepenc.arena.checks.tiny import CLASSES, SEED, TinyNet, norms, settled, tiny_victim
 from deepenc.encryption.defense import Allocation, Defense, Gap, Neurons, Original, Placement, Weights
 from deepenc.network.sites import Role
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
 
 RANK = 4
 DEVIATION = 0.1
@@ -125,7 +125,7 @@ def random_subject(attacker: int) -> Subject:
     """A victim all of whose weights are independent, with labels at random, and its sites.
 
     Args:
-        attacker: Images in the attacker's part.
+        attacker: Examples in the attacker's part.
     """
     generator = torch.Generator().manual_seed(SEED)
     model = TinyNet().eval()
@@ -137,9 +137,9 @@ def random_subject(attacker: int) -> Subject:
     subject = Subject.of(tiny_victim(model, attacker, generator))
     victim = subject.victim
 
-    def shuffled(images: Images) -> Images:
+    def shuffled(images: Examples) -> Examples:
         count = (len(images),)
-        return Images(images.inputs, torch.randint(CLASSES, count, generator=generator))
+        return Examples(images.inputs, torch.randint(CLASSES, count, generator=generator))
 
     victim = replace(
         victim,
@@ -160,7 +160,7 @@ def planted_subject(attacker: int) -> Subject:
     """A victim whose weights have the structure of trained ones, and its sites.
 
     Args:
-        attacker: Images in the attacker's part.
+        attacker: Examples in the attacker's part.
     """
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

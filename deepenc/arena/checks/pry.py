@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.arena.case import Attack, Case, Claim
-from deepenc.arena.plan import Cell, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell
 from deepenc.arena.threat import Needs
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.keys.secret import derive_positions, secret_of
@@ -30,7 +32,7 @@ from deepenc.seeds import Roots
 from deepenc.victims.victim import VictimSource
 
 # Fields that are meant to speak of sites; everything else in a case is searched.
-_SPOKEN = {"sites", "allocation", "defense", "threat", "seed", "classes", "device"}
+_SPOKEN = {"sites", "allocation", "defense", "threat", "seed", "task", "device"}
 _SMALL_SEEDS = range(4)
 FEW = 2**20
 """Keys below which some guesses come near the true one by chance."""
@@ -117,7 +119,7 @@ def _rightful(case: Case) -> set[int]:
     networks = [case.encrypted, *(release.encrypted for release in case.releases)]
     networks += [] if case.public is None else [case.public]
     tensors = [tensor for n in networks for tensor in (*n.parameters(), *n.buffers())]
-    tensors += [case.labelled.inputs, case.labelled.labels, case.unlabelled, case.example]
+    tensors += trees.tensors((*case.labelled.batch(), case.unlabelled.inputs, case.example))
     return {id(tensor) for tensor in tensors} | {id(case.known)}
 
 
@@ -193,6 +195,8 @@ def _numbers(value: Any) -> np.ndarray | None:
             return None
         return np.asarray(value.detach().cpu().numpy())
     if isinstance(value, list | tuple | Set | np.ndarray) and len(value):
+        if any(isinstance(item, Tensor) and item.dim() for item in value):
+            return None
         array = np.asarray(sorted(value) if isinstance(value, Set) else value)
         if array.ndim == 1 and array.dtype.kind in "iufb":
             return array.astype(np.int64) if array.dtype.kind == "b" else array
@@ -210,9 +214,10 @@ def _search_tensors(case: Case, found: Findings) -> None:
     blank = case.blank(0)
     model = dict(blank.named_parameters()) | dict(blank.named_buffers())
     own: dict[str, Tensor] = dict(case.encrypted.named_parameters()) | dict(case.encrypted.named_buffers())
-    images = {"labelled": case.labelled.inputs, "labels": case.labelled.labels, "unlabelled": case.unlabelled}
+    given = (*case.labelled.batch(), case.unlabelled.inputs, case.example)
+    examples = {f"example {i}": tensor for i, tensor in enumerate(trees.tensors(given))}
     stores: dict[int, str] = {}
-    for name, tensor in (own | images | {"example": case.example}).items():
+    for name, tensor in (own | examples).items():
         storage = tensor.untyped_storage()
         if len(storage) and stores.setdefault(storage.data_ptr(), name) != name:
             found.notes.append(f"{name} shares memory with {stores[storage.data_ptr()]}")
@@ -323,5 +328,5 @@ def _secrets(seed: int) -> Iterator[bytes]:
 def _rate(case: Case, guess: Mapping[str, tuple[int, ...]]) -> float:
     network = case.remove(guess).eval()
     with torch.no_grad():
-        outputs = network(case.labelled.inputs)
-    return float((outputs.argmax(dim=1) == case.labelled.labels).double().mean())
+        outputs = case.task.logits(case.task.run(network, case.labelled.inputs))
+    return float((outputs.argmax(dim=1) == case.task.labels(case.labelled.targets)).double().mean())

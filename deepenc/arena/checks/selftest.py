@@ -60,7 +60,7 @@ def selftest(attack: Attack) -> str | None:
 
 
 def _threat(attack: Attack, **more: Any) -> Threat:
-    needs = attack.needs.model_dump()
+    needs = attack.needs.given_by_threats()
     images = {what: max(IMAGES, needs[what]) for what in ("labelled", "unlabelled")}
     budgets = {what: max(4 * IMAGES, needs[what]) for what in ("oracle",)}
     return Threat(name="self-test", **{**needs, **images, **budgets, "allocation": True, **more})
@@ -97,7 +97,7 @@ def _rate(encryption: Encryption) -> float:
     case = build_case(encryption, Threat(name="as it is"), SEED, SEED, CPU)
     judge = encryption.subject.victim.judge
     with torch.no_grad():
-        right = case.encrypted(judge.inputs).argmax(dim=1) == judge.labels
+        right = case.encrypted(judge.inputs).argmax(dim=1) == judge.targets
     return float(right.double().mean())
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from deepenc.arena.build import Subject
 from deepenc.encryption.defense import Allocation, Defense, Hardening, Neurons, Original, Placement, Weights
 from deepenc.network.sites import Role
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
+from deepenc.victims.victim import Victim, VictimSource
 
 CLASSES = 4
 SHAPE = (3, 8, 8)
@@ -50,7 +52,7 @@ def tiny_subject(attacker: int = 256) -> Subject:
     """The victim of the checks, which is right about every image, and its sites.
 
     Args:
-        attacker: Images in the attacker's part.
+        attacker: Examples in the attacker's part.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -71,7 +73,7 @@ def settled(model: TinyNet, attacker: int) -> Subject:
 
     Args:
         model: Changed in place.
-        attacker: Images in the attacker's part.
+        attacker: Examples in the attacker's part.
     """
     generator = torch.Generator().manual_seed(SEED)
     sample = torch.randn(512, *SHAPE, generator=generator)
@@ -97,13 +99,13 @@ def tiny_victim(model: nn.Module, attacker: int, generator: torch.Generator) -> 
         for parameter in public.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise, alpha=0.05 * float(parameter.square().mean().sqrt()))
-    return Victim("tiny", model, CLASSES, defender, thief, judge, "tiny", public)
+    return Victim("tiny", model, Classification(classes=CLASSES), defender, thief, judge, "tiny", public)
 
 
-def _images(model: nn.Module, count: int, generator: torch.Generator) -> Images:
+def _images(model: nn.Module, count: int, generator: torch.Generator) -> Examples:
     inputs = torch.randn(count, *SHAPE, generator=generator)
     with torch.no_grad():
-        return Images(inputs, model(inputs).argmax(dim=1))
+        return Examples(inputs, model(inputs).argmax(dim=1))
 
 
 Unusual = Literal["half precision", "double precision", "constant channels", "an output that is not finite"]
@@ -116,7 +118,7 @@ def unusual_subject(kind: Unusual, attacker: int = 256) -> Subject:
 
     Args:
         kind: What is unusual about it.
-        attacker: Images in the attacker's part.
+        attacker: Examples in the attacker's part.
     """
     victim, sites = tiny_subject(attacker).victim, tiny_subject(attacker).sites
     model = copy.deepcopy(victim.model)
@@ -133,8 +135,8 @@ def unusual_subject(kind: Unusual, attacker: int = 256) -> Subject:
         return Subject(replace(victim, model=model), sites)
     dtype = torch.bfloat16 if kind == "half precision" else torch.float64
 
-    def cast(images: Images) -> Images:
-        return Images(images.inputs.to(dtype), images.labels)
+    def cast(images: Examples) -> Examples:
+        return Examples(images.inputs.to(dtype), images.targets)
 
     return Subject(
         replace(

@@ -29,13 +29,19 @@ def victim_checks(source: VictimSource) -> list[Check]:
     def better_than_chance() -> None:
         found, device = victim(), next(victim().model.parameters()).device
         score = judged(found.model, found, source.name, 1000, device)
+        if "labels" not in found.task.offers:
+            if not score.value:
+                raise Broken(f"expected a network that does its task, got {score.measure} 0; see its weights")
+            return
         # Three deviations above what guessing gets.
-        chance = 1 / found.classes
+        labels = found.task.labels(found.judge.targets)
+        chance = int(labels.bincount().max()) / len(labels)
         deviation = (chance * (1 - chance) / score.examples) ** 0.5
         if score.value <= chance + 3 * deviation:
             raise Broken(
-                f"expected a network better than chance, got {score.value:.3f} on {score.examples} examples "
-                f"with {found.classes} classes; are its weights loaded, its images prepared as in training?"
+                f"expected a network better than chance, got {score.value:.3f} on {score.examples} examples, "
+                f"of which {chance:.3f} are of one class; are its weights loaded, its inputs prepared as in "
+                "training?"
             )
 
     return [

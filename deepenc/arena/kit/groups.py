@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+
+from deepenc.tasks.task import Task
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -22,28 +23,9 @@ def of_norms(network: nn.Module) -> Groups:
     return _of(network, [path for path, module in network.named_modules() if isinstance(module, NORMS)])
 
 
-def of_head(network: nn.Module, classes: int) -> Groups:
-    """The classifier's last layer alone; empty where there is none."""
-    path = head(network, classes)
-    return {} if path is None else _of(network, [path])
-
-
-def head(network: nn.Module, classes: int) -> str | None:
-    """Path of the last linear or convolutional layer with one output per class.
-
-    Args:
-        network: A classifier.
-        classes: Number of classes.
-    """
-    return next(
-        (
-            path
-            for path, module in reversed(list(network.named_modules()))
-            if classes in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
-            and isinstance(module, nn.Linear | _ConvNd)
-        ),
-        None,
-    )
+def of_head(network: nn.Module, task: Task) -> Groups:
+    """The layers alone that make the outputs; empty where there are none."""
+    return _of(network, list(task.head(network)))
 
 
 def norm_scales(network: nn.Module) -> list[str]:

@@ -15,6 +15,8 @@ from deepenc.encryption.defense import Defense
 from deepenc.encryption.encrypt import encrypt
 from deepenc.network.sites import Site
 from deepenc.network.structure import named_tensors
+from deepenc.tasks.examples import Examples
+from deepenc.tasks.task import Task
 
 Rows = dict[str, NDArray[np.float64]]
 """Name of a feature -> its values, one a channel."""
@@ -28,27 +30,29 @@ class Own:
         network: The network.
         example: An example input.
         sites: The network's sites.
+        task: What it is for.
     """
 
     network: nn.Module
     example: Any
     sites: tuple[Site, ...]
+    task: Task
 
     def encrypted(
-        self, defense: Defense, secret: bytes, data: Tensor | None, names: Sequence[str] | None = None
+        self, defense: Defense, secret: bytes, data: Examples | None, names: Sequence[str] | None = None
     ) -> Iterator[Sample]:
         """What the sites look like under one key.
 
         Args:
             defense: One that inserts something.
             secret: 32 bytes.
-            data: Inputs, for a defense that wants some; None or empty where there are none.
+            data: Examples, for a defense that wants some; None or empty where there are none.
             names: Features wanted, as for `deepenc.analysis.features.features`.
         """
         if data is not None:
             data = data.to(next(self.network.parameters()).device) if len(data) else None
         network, key = encrypt(
-            self.network, self.example, defense, secret=secret, sites=self.sites, data=data
+            self.network, self.example, defense, secret=secret, sites=self.sites, data=data, task=self.task
         )
         sites = key.layout().widened_sites()
         for site, rows in described(named_tensors(network), sites, names).items():

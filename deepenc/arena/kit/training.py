@@ -10,9 +10,9 @@ from torch import nn
 
 from deepenc.arena.case import Attack, Case, Claim
 from deepenc.arena.threat import Needs
+from deepenc.tasks.examples import Examples
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit
-from deepenc.victims.victim import Images
 
 
 def train(
@@ -20,7 +20,7 @@ def train(
     network: nn.Module,
     recipe: Recipe,
     *,
-    images: Images | None = None,
+    examples: Examples | None = None,
     groups: Mapping[str, float] | None = None,
     l1: Mapping[str, float] | None = None,
 ) -> Claim:
@@ -30,10 +30,10 @@ def train(
     is as it was.
 
     Args:
-        case: With at least one labelled image, or ``images`` are given.
+        case: With at least one labelled example, or ``examples`` are given.
         network: On the case's device.
         recipe: How.
-        images: What to train on; default: the case's labelled images.
+        examples: What to train on; default: the case's labelled examples.
         groups: Learning-rate factors of parameters, by name (see `fit`).
         l1: Weights of absolute values in the loss, by parameter name (see `fit`).
 
@@ -41,15 +41,16 @@ def train(
         A claim of the network, in eval mode, always with finite weights (see `fit`); it says whether the
         training diverged.
     """
-    images = case.labelled if images is None else images
-    finite = fit(network, images, affordable(case, recipe, images), case.generator(), groups, l1)
+    examples = case.labelled if examples is None else examples
+    within = affordable(case, recipe, examples)
+    finite = fit(network, case.task, examples, within, case.generator(), groups, l1)
     return Claim(network=network, diverged=not finite)
 
 
-def affordable(case: Case, recipe: Recipe, images: Images) -> Recipe:
-    """The recipe cut to the budget that is left, for training on these images."""
+def affordable(case: Case, recipe: Recipe, examples: Examples) -> Recipe:
+    """The recipe cut to the budget that is left, for training on these examples."""
     meter = case.meter
-    return recipe.within(len(images), steps=meter.left("steps"), samples=meter.left("samples"))
+    return recipe.within(len(examples), steps=meter.left("steps"), samples=meter.left("samples"))
 
 
 class TrainedAttack(Attack):

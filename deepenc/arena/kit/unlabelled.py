@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepenc.analysis.batchnorm import Moments, batchnorms, distance, stored
-from deepenc.network.calling import removed
+from deepenc.network.calling import call, removed
 
 SMALL = 1e-12
 
@@ -23,7 +24,7 @@ def information(logits: Tensor) -> Tensor:
     of every image 0.
 
     Args:
-        logits: ``(images, classes)``.
+        logits: ``(rows, classes)``.
     """
     logs = logits.log_softmax(dim=1)
     chances = logs.exp()
@@ -59,8 +60,8 @@ def mismatches(network: nn.Module, before: Mapping[str, _BatchNorm]) -> Iterator
         yield found
 
 
-def inconsistency(network: nn.Module, inputs: Tensor) -> float:
+def inconsistency(network: nn.Module, inputs: Any) -> float:
     """Mean over BatchNorm layers of `mismatches` with the layers' own statistics; 0 without such layers."""
     with torch.no_grad(), mismatches(network, batchnorms(network)) as missed:
-        network(inputs)
+        call(network, inputs)
     return float(torch.stack(missed).mean()) if missed else 0.0

@@ -24,6 +24,8 @@ from deepenc.plugins import load_file, loaded_files
 from deepenc.processes.pool import Pool
 from deepenc.processes.worker import warm_up
 from deepenc.seeds import Roots
+from deepenc.victims.sources.given import Given, given
+from deepenc.victims.victim import Victim
 
 DATABASE, OUTPUT = "run.sqlite", "output.txt"
 
@@ -141,7 +143,8 @@ def run(
         with Lease(store, lease) as held:
             queue = Cells(duels, store, held.owner, progress, timeout)
             if queue.left():
-                with _pool(folder, cache, min(workers, queue.groups or 1)) as pool:
+                setup = worker.Setup(cache, tuple(loaded_files()), _given(experiment))
+                with _pool(folder, setup, min(workers, queue.groups or 1)) as pool:
                     pool.run(queue)
         counts = Counter(store.states().values())
         kept = store.kept()
@@ -181,17 +184,23 @@ def _count(experiment: Experiment) -> int:
 
 
 @contextmanager
-def _pool(folder: Path, cache: Path, size: int) -> Iterator[Pool]:
+def _pool(folder: Path, setup: worker.Setup, size: int) -> Iterator[Pool]:
     """Workers that write what they print to a file in the folder; none is left where nothing was printed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / OUTPUT
     try:
-        with Pool(worker.Setup(cache, tuple(loaded_files())), size, path) as pool:
+        with Pool(setup, size, path) as pool:
             yield pool
     finally:
         with suppress(OSError):
             if not path.stat().st_size:
                 path.unlink()
+
+
+def _given(experiment: Experiment) -> tuple[Victim, ...]:
+    """The experiment's victims that are in this process's memory alone."""
+    labels = {source.label for source in experiment.victims if isinstance(source, Given)}
+    return tuple(victim for victim in given() if victim.name in labels)
 
 
 def device_of(experiment: Experiment) -> str:

@@ -15,6 +15,7 @@ from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.record import Record
 from deepenc.errors import DeepencError, explain
 from deepenc.processes.child import Handler, Tell, prepare
+from deepenc.victims.sources.given import give
 from deepenc.victims.validation import validated
 from deepenc.victims.victim import Victim, VictimSource
 
@@ -132,14 +133,18 @@ class Setup:
     Attributes:
         cache: Folder of the victims.
         plugin_files: Loaded first, so that cells can name their plugins.
+        given: Victims that are in the coordinator's memory alone.
     """
 
     cache: Path
     plugin_files: tuple[Path, ...]
+    given: tuple[Victim, ...] = ()
 
     def __call__(self) -> Handler:
         """Called once in each process; gives what runs a cell."""
         prepare(self.plugin_files)
+        for victim in self.given:
+            give(victim)
         workspace = Workspace(self.cache)
 
         def handle(job: Job, tell: Tell) -> Outcome:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
+from deepenc import trees
+from deepenc.encryption.filling.damage import Objective, damage
 from deepenc.encryption.filling.entries import Confusion
+from deepenc.tasks.task import Task
 
 ROUND, GATE_RATE = 10, 0.1
 """Steps after which the gates start again, and Adam's learning rate for them."""
@@ -19,24 +22,27 @@ Gates = Mapping[str, Tensor]
 
 
 def learned_gates(
-    confusion: Confusion, inputs: Tensor, target: Tensor, order: Iterator[Tensor]
+    confusion: Confusion, task: Task, inputs: Any, target: Any, order: Iterator[Tensor]
 ) -> Iterator[Gates]:
     """Gates of an attacker who takes one step each time, and starts again after each round.
 
     Args:
         confusion: The encrypted network.
-        inputs: ``(images, ...)``.
-        target: The victim's outputs.
+        task: What the network is for.
+        inputs: A batch.
+        target: The victim's responses to it.
         order: Indices of batches, without end.
     """
-    device = inputs.device
+    device = next(iter(confusion.values.values())).device
+    objective: Objective = "cross-entropy" if "logits" in task.offers else "response"
     while True:
         gates = {s.name: torch.ones(s.width, device=device, requires_grad=True) for s in confusion.sites}
         adam = Adam(gates.values(), lr=GATE_RATE)
         for _ in range(ROUND):
-            index = next(order).to(device)
+            index = next(order)
             with torch.enable_grad():
-                loss = cross_entropy(confusion(inputs[index], gates=gates), target[index].argmax(1))
+                found = confusion(trees.take(inputs, index), gates=gates)
+                loss = damage(objective, task, found, trees.take(target, index))
                 gradients = torch.autograd.grad(loss, list(gates.values()))
             for gate, gradient in zip(gates.values(), gradients, strict=True):
                 gate.grad = gradient

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepenc.analysis.batchnorm import Moments, batchnorms
-from deepenc.network.calling import removed
+from deepenc.network.calling import call, removed
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Role
 from deepenc.network.structure import named_tensors, replace_tensors
@@ -20,13 +20,13 @@ Path = Literal["clean", "encrypted"]
 """Where confusion channels' statistics are measured: while all of them are silent, or while they speak."""
 
 
-def calibrate(network: nn.Module, layout: Layout, inputs: Tensor, path: Path) -> int:
+def calibrate(network: nn.Module, layout: Layout, inputs: Any, path: Path) -> int:
     """Measure the running statistics of the confusion channels, in place; the real ones' stay.
 
     Args:
         network: The encrypted network.
         layout: Where the victim's entries lie in it.
-        inputs: ``(images, ...)``, run at once.
+        inputs: A batch, run at once.
         path: Along ``"clean"`` a confusion channel sees what the victim's channels make of the inputs; along
             ``"encrypted"`` also what earlier confusion channels add to that, each with its new statistics.
 
@@ -55,7 +55,7 @@ def calibrate(network: nn.Module, layout: Layout, inputs: Tensor, path: Path) ->
     modes = {module: module.training for module in run.modules()}
     try:
         with removed(handles), torch.no_grad():
-            run.eval()(inputs)
+            call(run.eval(), inputs)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from deepenc import trees
+from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
+from deepenc.tasks.task import Task
 
 Objective = Literal["response", "cross-entropy"]
 """The logarithm of the relative squared response change (Equation 1 with a scale that does not matter), or
 the cross-entropy with the victim's own predictions."""
 
 
-def outputs(model: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
-    """What a victim makes of inputs, ``(images, outputs)``, without gradients.
+def responses(original: Original, inputs: Any, batch_size: int) -> Any:
+    """What a victim makes of inputs, as its task compares it, without gradients.
 
     Raises:
-        ConfigError: It makes something else.
+        ConfigError: It makes something that cannot be compared.
     """
     with torch.no_grad():
-        parts = [model(part) for part in torch.split(inputs, batch_size)]
-    wrong = next((part for part in parts if not isinstance(part, Tensor) or part.ndim != 2), None)
-    if wrong is not None:
-        got = tuple(wrong.shape) if isinstance(wrong, Tensor) else type(wrong).__name__
-        raise ConfigError(
-            f"expected a victim that maps images to a tensor (images, outputs), got {got}; wrap it in one "
-            "that does"
-        )
-    return torch.cat(parts)
+        parts = [original.task.response(original.model, part) for part in trees.split(inputs, batch_size)]
+    original.task.numbers(parts[0])
+    return trees.join(parts)
 
 
-def damage(objective: Objective, encrypted: Tensor, victim: Tensor) -> Tensor:
-    """How different the outputs of the encrypted network are from the victim's, ``(images, outputs)``."""
-    return _MEASURES[objective](encrypted, victim)
+def damage(objective: Objective, task: Task, encrypted: Any, victim: Any) -> Tensor:
+    """How different the responses of the encrypted network are from the victim's.
 
-
-def _response(encrypted: Tensor, victim: Tensor) -> Tensor:
-    change = (encrypted - victim).square().sum() / victim.square().sum()
+    Raises:
+        ConfigError: The task has no class scores, which the cross-entropy needs.
+    """
+    if objective == "cross-entropy":
+        if "logits" not in task.offers:
+            raise ConfigError(f"the task {task.name!r} has no class scores; take the objective 'response'")
+        return cross_entropy(task.logits(encrypted), task.logits(victim).argmax(1))
+    clean = task.numbers(victim)
+    change = (task.numbers(encrypted) - clean).square().sum() / clean.square().sum()
     return (change + 1e-12).log()
-
-
-def _cross_entropy(encrypted: Tensor, victim: Tensor) -> Tensor:
-    return cross_entropy(encrypted, victim.argmax(1))
-
-
-_MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(
-    zip(get_args(Objective), (_response, _cross_entropy), strict=True)
-)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from deepenc.network.calling import call, call_with
 from deepenc.network.gates import gated_tensors
 from deepenc.network.sites import Role, Site, Slot, broadcast
 from deepenc.network.structure import named_tensors
@@ -50,6 +50,7 @@ class Confusion:
         network: The encrypted network.
         layout: Where the victim's entries lie in it.
         frozen: Roles of the tensors whose confusion entries stay constant, too.
+        run: Runs a network on a batch; such as a task's ``response``.
 
     Attributes:
         network: The encrypted network.
@@ -58,8 +59,14 @@ class Confusion:
             require gradients, of 32 bits or more.
     """
 
-    def __init__(self, network: nn.Module, layout: Layout, frozen: Collection[Role] = STATISTICS) -> None:
-        self.network, self.layout = network, layout
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        frozen: Collection[Role] = STATISTICS,
+        run: Callable[[nn.Module, Any], Any] = call,
+    ) -> None:
+        self.network, self.layout, self._run = network, layout, run
         self.sites = layout.widened_sites()
         self._own = named_tensors(network)
         self._masks: dict[str, Tensor] = {}
@@ -80,17 +87,17 @@ class Confusion:
             for name, value in self.values.items()
         }
 
-    def __call__(self, *inputs: Any, gates: Mapping[str, Tensor] | None = None) -> Any:
+    def __call__(self, inputs: Any, gates: Mapping[str, Tensor] | None = None) -> Any:
         """Run the network with the present values.
 
         Args:
-            *inputs: Of the network.
+            inputs: A batch.
             gates: Site name to a factor for each of its channels, confusion channels included, ``(width,)``.
         """
         changed = self.tensors()
         if gates:
             changed |= gated_tensors(self._own | changed, self.sites, gates)
-        return functional_call(self.network, changed, inputs)
+        return call_with(self.network, changed, inputs, self._run)
 
     def store(self) -> None:
         """Write the values into the network, in place; its other entries keep their bits."""

@@ -1,20 +1,22 @@
-"""The defender's images, for hardenings that need some."""
+"""The defender's examples, for hardenings that need some."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.encryption.defense import Original
 from deepenc.errors import ConfigError
 from deepenc.network.structure import named_tensors
 
 
-def draw(blame: str, network: nn.Module, original: Original, rng: np.random.Generator, count: int) -> Tensor:
-    """Some of the defender's images, on the network's device, in random order.
+def draw(blame: str, network: nn.Module, original: Original, rng: np.random.Generator, count: int) -> Any:
+    """Inputs of some of the defender's examples as a batch, on the network's device, in random order.
 
     Args:
         blame: Who needs them, for the message.
@@ -29,11 +31,11 @@ def draw(blame: str, network: nn.Module, original: Original, rng: np.random.Gene
     held = 0 if original.data is None else len(original.data)
     if original.data is None or held < 2:
         raise ConfigError(
-            f"{blame} needs the defender's images, got {held}; give `encrypt` at least two as `data=`"
+            f"{blame} needs the defender's examples, got {held}; give `encrypt` at least two as `data=`"
         )
-    index = torch.from_numpy(rng.permutation(held)[:count]).to(original.data.device)
+    index = torch.from_numpy(rng.permutation(held)[:count])
     device = next((tensor.device for tensor in named_tensors(network).values()), original.data.device)
-    return original.data[index].to(device)
+    return trees.move(original.data.batch(index).inputs, device)
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.encryption.defense import Allocation, Neurons, Original, Weights
 from deepenc.encryption.defense import filled as weights_of
 from deepenc.encryption.filling.inputs import draw
@@ -37,7 +38,7 @@ class Candidates:
         original: The victim.
         tensors: Its widened tensors, filled, by name.
         layout: What widened them: behind the real channels of each site as many as a candidate may have.
-        images: To measure on, ``(images, ...)``, on the network's device.
+        images: To measure on, a batch on the network's device.
         measure: What to compare; operators behind it are not run.
         batch_size: Images per forward pass.
         cache: Bytes of activations to keep for each of two allocations; where they are more, none are.
@@ -56,7 +57,7 @@ class Candidates:
         original: Original,
         tensors: Mapping[str, Tensor],
         layout: Layout,
-        images: Tensor,
+        images: Any,
         measure: Measure = "logits",
         batch_size: int = 64,
         cache: int = 2**30,
@@ -71,8 +72,8 @@ class Candidates:
         for site in layout.sites:
             for slot in site.slots:
                 self._slots[slot.tensor].append((site, layout.widened_slot(slot)))
-        self.batches = torch.split(images, batch_size)
-        self._reader = ResponseReader(original.model, measure, self.batches[0])
+        self.batches = trees.split(images, batch_size)
+        self._reader = ResponseReader(original.model, measure, self.batches[0], original.task)
         with torch.no_grad():
             self._clean = [self._reader(self._model, batch) for batch in self.batches]
         self._norm = sum(clean.square().sum().item() for clean in self._clean)

@@ -8,9 +8,13 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.errors import ConfigError, near
+from deepenc.network.calling import call
 from deepenc.network.structure import named_tensors
 from deepenc.network.surgery import Layout
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.task import Task
 
 KNOWN = "'logits', 'probabilities', 'features', or 'features:NAME' with the name of a layer"
 
@@ -37,18 +41,20 @@ class ResponseReader:
     Args:
         victim: In eval mode.
         measure: What to read.
-        images: A few, on which the victim runs once where its last Linear is looked for.
+        images: A batch of a few, on which the victim runs once where its last Linear is looked for.
+        task: What the network is for.
 
     Raises:
         ConfigError: No such measure, or no such layer.
     """
 
-    def __init__(self, victim: nn.Module, measure: Measure, images: Tensor) -> None:
+    def __init__(self, victim: nn.Module, measure: Measure, images: Any, task: Task | None = None) -> None:
         try:
             kind, _, self._path = _known(measure).partition(":")
         except ValueError as error:
             raise ConfigError(f"measure: {error}") from None
         self._measure, self._inside = measure, kind == "features"
+        self._task = task or Classification()
         self._weights: dict[str, Tensor] = {}
         if measure == "features":
             self._path = _last_linear(victim, images)
@@ -56,12 +62,12 @@ class ResponseReader:
             weight = own[f"{self._path}.weight" if self._path else "weight"]
             self._weights = {name: tensor for name, tensor in own.items() if tensor is weight}
 
-    def __call__(self, network: nn.Module, images: Tensor, layout: Layout | None = None) -> Tensor:
+    def __call__(self, network: nn.Module, images: Any, layout: Layout | None = None) -> Tensor:
         """What is compared, ``(images, values)``, 64 bits.
 
         Args:
             network: In eval mode; the victim, or an encrypted network.
-            images: ``(images, ...)``.
+            images: A batch.
             layout: Where the victim's channels lie in it.
 
         Raises:
@@ -69,19 +75,23 @@ class ResponseReader:
         """
         return self.values(self.tensor(network, images), layout)
 
-    def tensor(self, network: nn.Module, images: Tensor) -> Tensor:
+    def tensor(self, network: nn.Module, images: Any) -> Tensor:
         """What the network itself makes of it, as it is; see `values`."""
         _evaluating(network)
-        out = self._caught(network, images) if self._inside else network(images)
-        if not isinstance(out, Tensor) or out.shape[:1] != images.shape[:1]:
+        out = self._caught(network, images) if self._inside else self._outputs(network, images)
+        count = trees.size(images)
+        if not isinstance(out, Tensor) or out.shape[:1] != (count,):
             what = f"a layer {self._path!r}" if self._inside else "a network"
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             remedy = "name another layer" if self._inside else "wrap it in one that does"
             raise ConfigError(
-                f"expected {what} that maps {len(images)} images to a tensor (images, ...), got {got}; "
-                f"{remedy}"
+                f"expected {what} that maps {count} examples to a tensor (examples, ...), got {got}; {remedy}"
             )
         return out
+
+    def _outputs(self, network: nn.Module, images: Any) -> Any:
+        out = self._task.response(network, images)
+        return out if isinstance(out, Tensor) else self._task.numbers(out)
 
     def values(self, out: Tensor, layout: Layout | None = None) -> Tensor:
         """What is compared of a tensor from `tensor`, ``(images, values)``, 64 bits."""
@@ -113,7 +123,7 @@ class ResponseReader:
                 f"{changed.shape[1]}: confusion channels are among them; {remedy}"
             )
 
-    def _caught(self, network: nn.Module, images: Tensor) -> Any:
+    def _caught(self, network: nn.Module, images: Any) -> Any:
         module, caught = _layer(network, self._path), list[Any]()
 
         # What runs later may write in place.
@@ -131,7 +141,7 @@ class ResponseReader:
         else:
             hook = module.register_forward_hook(after)
         try:
-            network(images)
+            call(network, images)
         finally:
             hook.remove()
         if not caught:
@@ -156,7 +166,7 @@ def _layer(network: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
-def _last_linear(victim: nn.Module, images: Tensor) -> str:
+def _last_linear(victim: nn.Module, images: Any) -> str:
     _evaluating(victim)
     called: list[str] = []
     hooks = [
@@ -166,7 +176,7 @@ def _last_linear(victim: nn.Module, images: Tensor) -> str:
     ]
     try:
         with torch.no_grad():
-            victim(images)
+            call(victim, images)
     finally:
         for hook in hooks:
             hook.remove()

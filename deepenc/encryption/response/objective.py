@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from deepenc import trees
 from deepenc.encryption.cost.costs import Memory
 from deepenc.encryption.response.measure import Measure, ResponseReader
 from deepenc.errors import ConfigError
 from deepenc.network.surgery import Layout
+from deepenc.tasks.task import Task
 
 Form = Literal["l2", "relative"]
 """Which number of a `Response` the gain counts."""
@@ -35,40 +37,42 @@ class Response:
 def response_change(
     original: nn.Module,
     encrypted: nn.Module,
-    inputs: Tensor,
+    inputs: Any,
     batch_size: int = 256,
     measure: Measure = "logits",
     layout: Layout | None = None,
+    task: Task | None = None,
 ) -> Response:
     """Response change of Equation 1 (E of ‖f(x; θ) − f(x; θ̄)‖₂): on logits, as it is printed, or on features.
 
     Args:
         original: The victim's network, in eval mode.
         encrypted: The encrypted network, in eval mode.
-        inputs: The defender's images D, ``(images, ...)``, at least one.
+        inputs: The defender's inputs D, a batch of at least one.
         batch_size: Images per forward pass.
         measure: What f is: ``logits``, ``probabilities``, ``features`` (what goes into the last Linear), or
             ``features:NAME`` (what comes out of a layer).
         layout: Where the victim's channels lie in the encrypted network (``key.layout()``); needed where
             confusion channels go into the last Linear, which are left out.
+        task: What the network is for; default: classification.
 
     Raises:
         ConfigError: No images, a network in training mode or without a tensor as output, no such layer, or
             one that holds confusion channels.
     """
-    if len(inputs) == 0 or batch_size < 1:
-        raise ConfigError(f"expected images in batches, got {len(inputs)} images, {batch_size} a batch")
-    reader = ResponseReader(original, measure, inputs[:1])
+    n = trees.size(inputs)
+    if n == 0 or batch_size < 1:
+        raise ConfigError(f"expected images in batches, got {n} images, {batch_size} a batch")
+    reader = ResponseReader(original, measure, trees.take(inputs, slice(1)), task)
     distance = squared = norm = 0.0
     with torch.no_grad():
-        for batch in torch.split(inputs, batch_size):
+        for batch in trees.split(inputs, batch_size):
             clean, changed = reader(original, batch), reader(encrypted, batch, layout)
             reader.comparable(clean, changed)
             squares = (changed - clean).square().sum(dim=1)
             distance += squares.sqrt().sum().item()
             squared += squares.sum().item()
             norm += clean.square().sum().item()
-    n = len(inputs)
     return Response(distance / n, squared / n, squared / norm if norm else float("inf") if squared else 0.0)
 
 

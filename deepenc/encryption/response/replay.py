@@ -80,10 +80,12 @@ class Program:
         self,
         build: Callable[[Mapping[str, int]], nn.Module],
         most: Mapping[str, int],
-        inputs: Tensor,
+        inputs: Any,
         touches: Mapping[str, Sequence[str]],
-        read: Callable[[nn.Module, Tensor], Tensor],
+        read: Callable[[nn.Module, Any], Tensor],
     ) -> None:
+        if not isinstance(inputs, Tensor):
+            raise UnfitError("inputs that are not one tensor")
         alone = [name for name, count in most.items() if count]
         few = inputs[torch.arange(2 * FEW) % len(inputs)]
         ends = {**most, MORE: FEW}

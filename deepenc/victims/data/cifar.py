@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from deepenc.errors import VictimError
 from deepenc.network.guard import first_line
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.datasets import DEVIATION, MEAN, Dataset, identity, order
 from deepenc.victims.data.splits import digests
-from deepenc.victims.victim import Images
 
 CLASSES = 100
 LAYOUTS = {"CIFAR10": ("cifar10", "cifar-10-batches-py"), "CIFAR100": ("cifar100", "cifar-100-python")}
@@ -56,7 +56,7 @@ def cifar100(root: Path, cache: Path, classes: int | None = None) -> Dataset:
     own, judged = (normalised(images, labels, part) for part in parts)
     by_index = dict(zip(chosen.tolist(), ids, strict=True))
     held = [tuple(by_index[i] for i in part.tolist()) for part in parts]
-    print_of = identity(count, (held[0], own.labels.tolist()), (held[1], judged.labels.tolist()))
+    print_of = identity(count, (held[0], own.targets.tolist()), (held[1], judged.targets.tolist()))
     return Dataset("CIFAR-100", count, own, judged, held[0], print_of)
 
 
@@ -102,8 +102,8 @@ def read_images(root: Path, part: str, data: str = "CIFAR10") -> Raw:
     return images, labels
 
 
-def normalised(images: NDArray[np.uint8], labels: NDArray[np.int64], index: NDArray[np.int64]) -> Images:
+def normalised(images: NDArray[np.uint8], labels: NDArray[np.int64], index: NDArray[np.int64]) -> Examples:
     """Chosen images as the networks take them: ``(images, 3, 32, 32)``, float32."""
     pixels = torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    return Images(((pixels - mean) / deviation).contiguous(), torch.from_numpy(labels[index]))
+    return Examples(((pixels - mean) / deviation).contiguous(), torch.from_numpy(labels[index]))

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from deepenc.errors import VictimError
 from deepenc.files import whole_file
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.images import content, expect_file, opened
 from deepenc.victims.data.splits import Index
-from deepenc.victims.victim import Images
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class Dataset:
 
     name: str
     classes: int
-    train: Images
-    test: Images
+    train: Examples
+    test: Examples
     train_ids: tuple[bytes, ...]
     fingerprint: str
 
@@ -282,8 +282,8 @@ def _prepared(
     return Dataset(
         name,
         classes,
-        Images(inputs[:cut], labels[:cut]),
-        Images(inputs[cut:], labels[cut:]),
+        Examples(inputs[:cut], labels[:cut]),
+        Examples(inputs[cut:], labels[cut:]),
         held[0],
         identity(classes, (held[0], labels[:cut].tolist()), (held[1], labels[cut:].tolist())),
     )

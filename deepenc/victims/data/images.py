@@ -6,11 +6,13 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from deepenc.errors import VictimError
 from deepenc.network.guard import first_line
@@ -156,3 +158,64 @@ def _ordered(names: Sequence[str], folder: Path) -> list[str]:
 def _numbers(name: str) -> list[str | int]:
     """Text and numbers of a name, in turn, so that two names can be compared."""
     return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images in files with their classes, decoded when they are asked for.
+
+    Args:
+        paths: Of the images.
+        labels: The class of each, from 0.
+        transform: Makes an 8-bit RGB image an input.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        self.paths, self.labels, self.transform = list(paths), list(labels), transform
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """An input and its class; raises a VictimError where the file holds no image."""
+        return self.transform(opened(self.paths[index])), self.labels[index]
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of the file."""
+        return content(self.paths[index])
+
+
+def image_folder(folder: Path, transform: Callable[[Image.Image], Tensor]) -> ImageFiles:
+    """The images of a folder with one folder a class.
+
+    Raises:
+        VictimError: See `class_folders`.
+    """
+    found = class_folders(folder)
+    pairs = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
+    return ImageFiles([path for path, _ in pairs], [label for _, label in pairs], transform)
+
+
+def preparing(
+    size: int, mean: Sequence[float], deviation: Sequence[float]
+) -> Callable[[Image.Image], Tensor]:
+    """How images usually become inputs: the short side resized, the middle cut out, channels normalised.
+
+    Args:
+        size: Side of the square that is cut out, in pixels; the short side is resized to 8/7 of it.
+        mean: Of each channel, for values in [0, 1].
+        deviation: Of each channel.
+    """
+    from torchvision import transforms
+
+    made: Callable[[Image.Image], Tensor] = transforms.Compose(
+        [
+            transforms.Resize(round(size * 8 / 7)),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(list(mean), list(deviation)),
+        ]
+    )
+    return made

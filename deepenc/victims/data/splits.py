@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deepenc import trees
 from deepenc.errors import VictimError
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
 
 Index = NDArray[np.int64]
 
@@ -55,16 +56,24 @@ def split(ids: Sequence[bytes], sizes: Sequence[int]) -> list[Index]:
     return [np.array(order[a:b], dtype=np.int64) for a, b in itertools.pairwise(bounds)]
 
 
-def shared(one: Tensor, other: Tensor) -> int:
-    """How many of some inputs are among others, too, bit for bit.
+def shared(one: Examples, other: Examples) -> int:
+    """How many of some examples have inputs that are among others', too, bit for bit.
 
-    Args:
-        one: ``(inputs, ...)``.
-        other: ``(inputs, ...)``.
-
-    >>> shared(torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [1.0, 4.0]]))
+    >>> first = Examples(torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]))
+    >>> shared(first, Examples(torch.tensor([[3.0, 4.0], [1.0, 4.0]])))
     2
     """
+    if not (one.stored and other.stored):
+        known = set(other.digests())
+        return sum(digest in known for digest in one.digests())
+    first, second = one.inputs, other.inputs
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return _shared(first, second)
+    known = set(other.digests())
+    return sum(digest in known for digest in one.digests())
+
+
+def _shared(one: Tensor, other: Tensor) -> int:
     if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
         return 0
     step = max(
@@ -83,12 +92,6 @@ def _rows(inputs: Tensor, step: int = 1) -> list[bytes]:
     return digests(values.view(torch.uint8).numpy()) if values.numel() else [b""] * len(inputs)
 
 
-def take(images: Images, index: Index) -> Images:
-    """Some of the images, as a copy of their own."""
-    chosen = torch.from_numpy(index)
-    return Images(images.inputs[chosen], images.labels[chosen])
-
-
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of tensors with their names, types and shapes, in any order."""
     total = hashlib.sha256()
@@ -98,10 +101,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def fingerprint(model: nn.Module, *parts: Images) -> str:
-    """SHA-256 (hex) of a network's weights and of images with their labels."""
-    held = {f"part {i} {what}": t for i, p in enumerate(parts) for what, t in vars(p).items()}
-    return checksum(dict(model.state_dict()) | held)
+def fingerprint(model: nn.Module, *parts: Examples) -> str:
+    """SHA-256 (hex) of a network's weights and of examples with their targets.
+
+    Of examples that are not in memory the inputs alone count, by their hashes.
+    """
+    told = [checksum({n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)})]
+    for part in parts:
+        if part.stored:
+            leaves = trees.tensors(tuple(part.batch()))
+            told.append(checksum({str(i): leaf for i, leaf in enumerate(leaves)}))
+        else:
+            told += [digest.hex() for digest in part.digests()]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

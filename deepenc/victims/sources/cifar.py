@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from deepenc.errors import VictimError
 from deepenc.network.factory import Factory
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.cifar import normalised, read_images
 from deepenc.victims.data.datasets import data_folder
 from deepenc.victims.data.splits import digests, fingerprint, split
 from deepenc.victims.models import CifarResNet
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.victim import Victim, VictimSource
 from deepenc.victims.weights import load_into
 
 DEFENDER = 5000
@@ -68,9 +70,17 @@ class CifarSource(VictimSource):
         (own,) = split(train_ids, (min(DEFENDER, len(train_ids)),))
         parts = [normalised(*train, own), *(normalised(*test, side) for side in sides)]
         defender, attacker, judge = parts
-        return Victim(self.label, model, 10, defender, attacker, judge, fingerprint(model, *parts))
+        return Victim(
+            self.label,
+            model,
+            Classification(classes=10),
+            defender,
+            attacker,
+            judge,
+            fingerprint(model, *parts),
+        )
 
-    def full_test(self) -> Images:
+    def full_test(self) -> Examples:
         """All test images, to check that the victim was loaded right; no attacker's or judge's part.
 
         Raises:

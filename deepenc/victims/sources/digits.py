@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from deepenc.network.factory import Factory
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.cache import trained
-from deepenc.victims.data.splits import digests, fingerprint, split, take
+from deepenc.victims.data.splits import digests, fingerprint, split
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.training import fit
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.victim import Victim, VictimSource
 
 SIZES = (697, 500, 600)
 RECIPE = Recipe(epochs=20, lr=0.1, batch_size=64, shift=0.125, weight_decay=5e-4)
@@ -47,10 +49,18 @@ class DigitsResNet(VictimSource):
         """See `VictimSource.load`."""
         defender, attacker, judge = parts = digit_parts()
         model = _trained(cache, defender)
-        return Victim(self.label, model, 10, defender, attacker, judge, fingerprint(model, *parts))
+        return Victim(
+            self.label,
+            model,
+            Classification(classes=10),
+            defender,
+            attacker,
+            judge,
+            fingerprint(model, *parts),
+        )
 
 
-def digit_parts() -> tuple[Images, Images, Images]:
+def digit_parts() -> tuple[Examples, Examples, Examples]:
     """The digits of the defender (who trains on them), the attacker, and the judge.
 
     Inputs are ``(images, 1, 8, 8)``, standardised by the mean and deviation of all pixels, about 4.9 and
@@ -60,12 +70,14 @@ def digit_parts() -> tuple[Images, Images, Images]:
 
     data = load_digits()
     pixels = torch.from_numpy(data.images.astype(np.float32))
-    images = Images(((pixels - 4.9) / 6.0)[:, None], torch.from_numpy(data.target.astype(np.int64)))
-    defender, attacker, judge = (take(images, part) for part in split(digests(data.images), SIZES))
+    images = Examples(((pixels - 4.9) / 6.0)[:, None], torch.from_numpy(data.target.astype(np.int64)))
+    defender, attacker, judge = (
+        images[torch.from_numpy(part)] for part in split(digests(data.images), SIZES)
+    )
     return defender, attacker, judge
 
 
-def _trained(cache: Path, images: Images) -> nn.Module:
+def _trained(cache: Path, images: Examples) -> nn.Module:
     # A changed recipe is another file, never old weights under a new recipe.
     recipe = hashlib.sha256(repr((asdict(RECIPE), DEPTH, SEED)).encode()).hexdigest()[:12]
     generator = torch.Generator().manual_seed(SEED)
@@ -74,6 +86,6 @@ def _trained(cache: Path, images: Images) -> nn.Module:
         model = CifarResNet(DEPTH, channels=1)
 
     def train(network: nn.Module) -> None:
-        fit(network, images, RECIPE, generator)
+        fit(network, Classification(), images, RECIPE, generator)
 
     return trained(cache / f"digits-resnet-{recipe}.safetensors", model, train)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from deepenc.errors import VictimError
 from deepenc.network.calling import call
 from deepenc.network.factory import Factory
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.cache import trained
 from deepenc.victims.data.cifar import cifar100
 from deepenc.victims.data.datasets import Dataset, aircraft, cub, data_folder
@@ -23,7 +25,7 @@ from deepenc.victims.data.splits import checksum, split
 from deepenc.victims.recipe import Recipe
 from deepenc.victims.sources.cifar import Cifar10ResNet20
 from deepenc.victims.training import fit
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.victim import Victim, VictimSource
 
 log = logging.getLogger(__name__)
 
@@ -109,41 +111,41 @@ class Downstream(VictimSource):
     def load(self, cache: Path) -> Victim:
         """See `VictimSource.load`."""
         stolen, example = self.base.network(cache)
-        task = self._task(cache)
-        _check_inputs(self.base.label, example, task)
+        data = self._data_set(cache)
+        _check_inputs(self.base.label, example, data)
         model = with_head(stolen, example, self.outputs, self.base.label)
         own, source = None, ""
         if not self.trained:
             own, source = self._of_the_base(cache)
-        attacker = task.train
+        attacker = data.train
         if own is None:
-            own, attacker = self._shared_out(task)
+            own, attacker = self._shared_out(data)
         if self.trained:
-            model = self._tuned(cache, model, own, task)
-        told = (checksum(model.state_dict()), source, task.fingerprint, len(own), len(attacker))
+            model = self._tuned(cache, model, own, data)
+        told = (checksum(model.state_dict()), source, data.fingerprint, len(own), len(attacker))
         return Victim(
             self.label,
             model,
-            task.classes,
+            Classification(classes=data.classes),
             own,
             attacker,
-            task.test,
+            data.test,
             hashlib.sha256(repr(told).encode()).hexdigest(),
             stolen if self.trained else None,
             trained=self.trained,
         )
 
-    def _task(self, cache: Path) -> Dataset:
+    def _data_set(self, cache: Path) -> Dataset:
         load, classes = TASKS[self.data]
-        task = load(data_folder(self.folder, f"victim {self.name!r}"), cache, self.classes)
-        if self.classes is None and task.classes != classes:
+        data = load(data_folder(self.folder, f"victim {self.name!r}"), cache, self.classes)
+        if self.classes is None and data.classes != classes:
             raise VictimError(
-                f"expected {classes} classes of {task.name}, got {task.classes}; get the data set again, or "
-                f"give `classes: {task.classes}`"
+                f"expected {classes} classes of {data.name}, got {data.classes}; get the data set again, or "
+                f"give `classes: {data.classes}`"
             )
-        return task
+        return data
 
-    def _of_the_base(self, cache: Path) -> tuple[Images | None, str]:
+    def _of_the_base(self, cache: Path) -> tuple[Examples | None, str]:
         """The base's own images, and its fingerprint; none where it has no images."""
         try:
             base = self.base.load(cache)
@@ -152,28 +154,27 @@ class Downstream(VictimSource):
             return None, ""
         return base.defender, base.fingerprint
 
-    def _shared_out(self, task: Dataset) -> tuple[Images, Images]:
+    def _shared_out(self, data: Dataset) -> tuple[Examples, Examples]:
         """The owner's and the attacker's share of the training part; slices, so that neither is copied."""
         share = self.share or (OWNERS_SHARE if self.trained else EQUATION_SHARE)
-        count = len(task.train)
+        count = len(data.train)
         first = int(share * count)
-        own, rest = map(len, split(task.train_ids, (first, count - first)))
+        own, rest = map(len, split(data.train_ids, (first, count - first)))
         if not own or not rest:
             raise VictimError(
-                f"{task.name} has {count} images to train on; a `share` of {share:g} leaves one side without"
+                f"{data.name} has {count} images to train on; a `share` of {share:g} leaves one side without"
             )
-        inputs, labels = task.train.inputs, task.train.labels
-        return Images(inputs[:own], labels[:own]), Images(inputs[own:], labels[own:])
+        return data.train[:own], data.train[own:]
 
-    def _tuned(self, cache: Path, model: nn.Module, images: Images, task: Dataset) -> nn.Module:
+    def _tuned(self, cache: Path, model: nn.Module, images: Examples, data: Dataset) -> nn.Module:
         """The network after its owner's training."""
         recipe = Recipe(epochs=self.epochs, lr=self.lr, weight_decay=5e-4, shift=0.125, flip=True, mixed=True)
         # Another recipe, network or share of the images is another file.
-        told = (asdict(recipe), checksum(model.state_dict()), task.fingerprint, len(images), SEED)
+        told = (asdict(recipe), checksum(model.state_dict()), data.fingerprint, len(images), SEED)
         key = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
         def train(network: nn.Module) -> None:
-            fit(network, images, recipe, torch.Generator().manual_seed(SEED))
+            fit(network, Classification(), images, recipe, torch.Generator().manual_seed(SEED))
 
         return trained(cache / f"downstream-{self.data}-{key}.safetensors", model, train)
 
@@ -260,11 +261,11 @@ def _like(head: Head, classes: int) -> Head:
     )
 
 
-def _check_inputs(who: str, example: Any, task: Dataset) -> None:
-    shape = tuple(task.train.inputs.shape[1:])
+def _check_inputs(who: str, example: Any, data: Dataset) -> None:
+    shape = tuple(data.train.inputs.shape[1:])
     got = tuple(example.shape[1:]) if isinstance(example, Tensor) else type(example).__name__
     if got != shape:
         raise VictimError(
-            f"{task.name} has inputs {shape}, {who} takes {got}; choose a `base` that takes such images, or "
+            f"{data.name} has inputs {shape}, {who} takes {got}; choose a `base` that takes such images, or "
             "another task as `data`"
         )

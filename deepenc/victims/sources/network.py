@@ -93,16 +93,25 @@ class Network(VictimSource):
 
     def network(self, cache: Path) -> tuple[nn.Module, Any]:
         """See `VictimSource.network`."""
-        factory = self.structure()
-        network = factory.build(allow=(factory.name,))
-        if self.weights != "none":
-            load_into(network, Path(self.weights), str(factory))
+        factory, network = self.structure(), self.built()
         generator = torch.Generator().manual_seed(0)
         if self.example is None:
             return network, _usual(factory, network, generator)
         if isinstance(self.example, Mapping):
             return network, {n: _input(n, shape, network, generator) for n, shape in self.example.items()}
         return network, torch.randn(self.example, generator=generator)
+
+    def built(self) -> nn.Module:
+        """The network with its weights, in eval mode.
+
+        Raises:
+            VictimError: The weights are missing or unusable.
+        """
+        factory = self.structure()
+        network = factory.build(allow=(factory.name,))
+        if self.weights != "none":
+            load_into(network, Path(self.weights), str(factory))
+        return network.eval()
 
     def load(self, cache: Path) -> Victim:
         """See `VictimSource.load`.
@@ -112,7 +121,7 @@ class Network(VictimSource):
         """
         raise VictimError(
             f"victim {self.name!r} ({self.factory}) has no images, so that no attack can be judged on it; it "
-            "is for `deepenc inspect`, `encrypt` and `decrypt`. Take the victim 'torchvision' with `folder`"
+            "is for `deepenc inspect`, `encrypt` and `decrypt`. Take the victim 'own' with `data`"
         )
 
 

@@ -16,9 +16,11 @@ from torchvision import models
 from deepenc.errors import VictimError, near
 from deepenc.network.factory import Factory
 from deepenc.network.guard import first_line
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.images import class_folders, content, opened
 from deepenc.victims.data.splits import digests, fingerprint, split
-from deepenc.victims.victim import Images, Victim, VictimSource
+from deepenc.victims.victim import Victim, VictimSource
 from deepenc.victims.weights import load_into
 
 Transform = Callable[[Any], Tensor]
@@ -87,7 +89,7 @@ class Torchvision(VictimSource):
         return Victim(
             self.label,
             network,
-            self.classes,
+            Classification(classes=self.classes),
             defender,
             attacker,
             judge,
@@ -151,7 +153,7 @@ class Torchvision(VictimSource):
         network.load_state_dict(state)
         return network.eval()
 
-    def _images(self, folder: Path, sizes: Sequence[int], seen: set[bytes]) -> list[Images]:
+    def _images(self, folder: Path, sizes: Sequence[int], seen: set[bytes]) -> list[Examples]:
         """Parts of a folder's images, without those that were seen; adds to them."""
         found = class_folders(folder)
         classes = self._classes_of(list(found), folder)
@@ -163,7 +165,7 @@ class Torchvision(VictimSource):
             chosen = [drawn[i] for i in part]
             labels = [classes[image.path.relative_to(folder).parts[0]] for image in chosen]
             inputs = torch.stack([image.inputs for image in chosen])
-            parts.append(Images(inputs, torch.tensor(labels, dtype=torch.int64)))
+            parts.append(Examples(inputs, torch.tensor(labels, dtype=torch.int64)))
         return parts
 
     def _classes_of(self, names: Sequence[str], folder: Path) -> Mapping[str, int]:

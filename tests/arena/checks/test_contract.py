@@ -17,7 +17,7 @@ from deepenc.arena.threat import Needs
 from deepenc.encryption.defense import Defense, Hardening, Placement, Weights
 from deepenc.errors import PluginError
 from deepenc.plugins import build, names
-from deepenc.victims.victim import Images
+from deepenc.tasks.examples import Examples
 
 SLOW = {
     "finetune": {"epochs": 1},
@@ -163,7 +163,7 @@ class Undeclared(Good):
     """Needs labels and does not say so."""
 
     def attack(self, case):
-        return scores(case, float(case.labelled.labels[0]))
+        return scores(case, float(case.labelled.targets[0]))
 
 
 class Clumsy(Good):
@@ -429,10 +429,12 @@ class Toys(TinySource):
             case "shared":
                 return dataclasses.replace(victim, judge=victim.attacker)
             case "classes":
-                return dataclasses.replace(victim, judge=Images(victim.judge.inputs, victim.judge.labels + 9))
+                return dataclasses.replace(
+                    victim, judge=Examples(victim.judge.inputs, victim.judge.targets + 9)
+                )
             case "chance":
-                labels = (victim.judge.labels + 1) % victim.classes
-                return dataclasses.replace(victim, judge=Images(victim.judge.inputs, labels))
+                labels = (victim.judge.targets + 1) % victim.task.classes
+                return dataclasses.replace(victim, judge=Examples(victim.judge.inputs, labels))
             case "restless":
                 return dataclasses.replace(victim, fingerprint=str(next(_COUNTER)))
             case "nothing":

@@ -10,8 +10,9 @@ from torch import nn
 from deepenc.arena.build import Encryption, build_case
 from deepenc.arena.checks.pry import Pry, pry
 from deepenc.arena.checks.tiny import TinySource, host_defense, tiny_subject
+from deepenc.arena.entry import Entry
 from deepenc.arena.metrics import checked_scores, detection
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.seeds import Roots

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from deepenc.arena.checks.tiny import TinySource, host_defense
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.run.leases import Lease
 from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat

@@ -7,7 +7,8 @@ import stat
 import pytest
 
 from deepenc.arena.checks.tiny import TinySource, host_defense
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.record import Record, Score
 from deepenc.arena.run.store import Store
 from deepenc.arena.threat import Threat
@@ -169,7 +170,7 @@ DAMAGES = {
     "a record that is a blob": "update cells set record = x'ff00' where position = 0",
     "a record that is a number": "update cells set record = 7 where position = 0",
     "better than all right": "update cells set record = replace(record, '\"value\":0.6', '\"value\":1.6')",
-    "a huge number": "update cells set record = replace(record, '\"examples\":5', '\"examples\":1' || :zeros)",
+    "a huge number": "update cells set record = replace(record, '\"examples\":5', '\"examples\":1'||:zeros)",
     "text that is not UTF-8": "update cells set state = cast(x'ff' as text) where position = 0",
 }
 

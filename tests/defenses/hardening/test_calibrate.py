@@ -56,7 +56,7 @@ def test_encrypted_path_agrees_with_the_released_network(encrypted: tuple[nn.Mod
     network, key, original = encrypted
     before = {name: getattr(network, name).running_mean.clone() for name in NORMS}
     harden(network, key, original, path="encrypted")
-    after = seen(network, original.data)
+    after = seen(network, original.data.inputs)
     for name in NORMS:
         norm, inserted = getattr(network, name), of(key, name)
         assert not torch.allclose(before[name][inserted], norm.running_mean[inserted], rtol=0.1)
@@ -72,7 +72,7 @@ def test_clean_path_is_what_the_victims_own_channels_give(
     harden(network, key, original)
     victim = original.model
     with torch.no_grad():
-        hidden = torch.relu(victim.bn1(victim.conv1(original.data)))
+        hidden = torch.relu(victim.bn1(victim.conv1(original.data.inputs)))
     own = [c for c in range(weight.shape[1]) if c not in of(key, "bn1")]
     inserted = of(key, "bn2")
     made = nn.functional.conv2d(hidden, weight[inserted][:, own], stride=2, padding=1)
@@ -132,7 +132,7 @@ def test_without_images_it_says_what_to_give(
 ) -> None:
     network, key, original = encrypted
     data = None if count is None else original.data[:count]
-    with pytest.raises(ConfigError, match=r"defender's images.*data="):
+    with pytest.raises(ConfigError, match=r"defender's examples.*data="):
         harden(network, key, Original(original.model, original.sites, original.example, data))
 
 

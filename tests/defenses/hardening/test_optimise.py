@@ -44,7 +44,7 @@ def hardened(made: Made, seed: int = 1, **fields: object) -> nn.Module:
 def accuracy(network: nn.Module) -> float:
     judge = tiny_subject().victim.judge
     with torch.no_grad():
-        return (network(judge.inputs).argmax(1) == judge.labels).double().mean().item()
+        return (network(judge.inputs).argmax(1) == judge.targets).double().mean().item()
 
 
 def change(network: nn.Module, original: Original, inputs: Tensor) -> float:
@@ -75,7 +75,7 @@ def test_batchnorm_normalises_by_the_batch_while_it_ascends(encrypted: Made) -> 
 
 
 def test_more_steps_do_more_harm(encrypted: Made) -> None:
-    inputs = encrypted[2].data
+    inputs = encrypted[2].data.inputs
     few, many = (change(hardened(encrypted, steps=n), encrypted[2], inputs) for n in (1, 30))
     assert many > 1.5 * few
 
@@ -120,7 +120,7 @@ def test_only_confusion_entries_change_and_all_else_is_as_it_was(encrypted: Made
     assert flags == {name: name != "conv1.weight" for name in flags}
     assert all(p.grad is None and p.is_leaf for p in network.parameters())
     stored = network.bn1.running_mean.clone()
-    network.train()(original.data)
+    network.train()(original.data.inputs)
     assert not torch.equal(network.bn1.running_mean, stored)
 
 
@@ -140,7 +140,7 @@ def test_own_statistics_agree_with_data_on_the_clean_path(encrypted: Made) -> No
     network, key, original = hardened(encrypted, steps=5), encrypted[1], encrypted[2]
     inserted = list(key.positions["conv1"])
     with torch.no_grad():
-        made = network.conv1(original.data)[:, inserted]  # nothing comes before the first layer
+        made = network.conv1(original.data.inputs)[:, inserted]  # nothing comes before the first layer
     assert torch.allclose(network.bn1.running_mean[inserted], made.mean((0, 2, 3)), atol=1e-4)
     assert torch.allclose(network.bn1.running_var[inserted], made.var((0, 2, 3)), rtol=1e-2)
 
@@ -150,7 +150,7 @@ def test_stealth_trades_harm_for_likeness(encrypted: Made) -> None:
     open_, hidden = (hardened(encrypted, stealth=weight) for weight in (0.0, 3.0))
     seen, unseen = (float(penalty(dict(n.state_dict()), layout)) for n in (open_, hidden))
     assert unseen < seen / 2
-    assert change(hidden, original, original.data) < change(open_, original, original.data)
+    assert change(hidden, original, original.data.inputs) < change(open_, original, original.data.inputs)
 
 
 def test_channels_in_disguise_do_not_crowd_at_the_cap(encrypted: Made) -> None:
@@ -167,7 +167,9 @@ def test_channels_in_disguise_do_not_crowd_at_the_cap(encrypted: Made) -> None:
         assert rows[inserted].max() <= rows[real].max() * 1.01
         spread.append(float(rows[inserted].std() / rows[real].std()))
     assert spread[0] < 0.1 < spread[1]
-    assert change(hidden, original, original.data) > 2 * change(encrypted[0], original, original.data)
+    assert change(hidden, original, original.data.inputs) > 2 * change(
+        encrypted[0], original, original.data.inputs
+    )
 
 
 def test_as_many_real_channels_are_missing_as_confusion_channels(encrypted: Made) -> None:
@@ -229,14 +231,21 @@ def test_without_images_it_says_what_to_give(encrypted: Made, count: int | None)
     network, key, original = encrypted
     data = None if count is None else original.data[:count]
     poor = Original(original.model, original.sites, original.example, data)
-    with pytest.raises(ConfigError, match=r"defender's images.*data="):
+    with pytest.raises(ConfigError, match=r"defender's examples.*data="):
         hardened((network, key, poor))
 
 
-def test_a_victim_without_logits_is_refused(encrypted: Made) -> None:
+class Wordy(nn.Module):
+    """Answers in words."""
+
+    def forward(self, x: Tensor) -> list[str]:
+        return ["cat"] * len(x)
+
+
+def test_a_victim_whose_outputs_cannot_be_compared_is_refused(encrypted: Made) -> None:
     network, key, original = encrypted
-    odd = Original(nn.Identity(), original.sites, original.example, original.data)
-    with pytest.raises(ConfigError, match="images, outputs"):
+    odd = Original(Wordy(), original.sites, original.example, original.data)
+    with pytest.raises(ConfigError, match="not a fixed number of values"):
         hardened((network, key, odd))
 
 

@@ -115,5 +115,5 @@ def test_strong_protects_a_transformer_too() -> None:
 
 def test_without_images() -> None:
     subject = tiny_subject()
-    with pytest.raises(ConfigError, match="needs the defender's images"):
+    with pytest.raises(ConfigError, match="needs the defender's examples"):
         encrypt(subject.victim.model, subject.victim.example, host_defense(hardening=Withhold()), seed=0)

@@ -80,7 +80,7 @@ def test_the_victim_and_its_gradients_stay(tiny: Original) -> None:
 
 
 def test_what_cannot_be_meant(tiny: Original) -> None:
-    with pytest.raises(ConfigError, match=r"gradient.*needs the defender's images"):
+    with pytest.raises(ConfigError, match=r"gradient.*needs the defender's examples"):
         Gradient().place(Original(tiny.model, tiny.sites, tiny.example), np.random.default_rng(0))
     with pytest.raises(ConfigError, match="below one channel"):
         Gradient.model_validate({"budget": {"bytes": 1}}).place(tiny, np.random.default_rng(0))

@@ -79,7 +79,7 @@ def test_only_the_sites_asked_for(tiny: Original) -> None:
 
 def test_what_cannot_be_meant(planted: Net) -> None:
     known = Original(planted[0], planted[2], planted[1])
-    with pytest.raises(ConfigError, match=r"greedy.*needs the defender's images.*data="):
+    with pytest.raises(ConfigError, match=r"greedy.*needs the defender's examples.*data="):
         Greedy().place(known, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="below one channel"):
         Greedy.model_validate({"budget": {"bytes": 1}}).place(

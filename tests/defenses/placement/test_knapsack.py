@@ -84,7 +84,7 @@ def test_spends_the_budget_to_the_last_channel(budget: object) -> None:
 
 def test_what_cannot_be_meant(planted: Net) -> None:
     known = Original(planted[0], planted[2], planted[1])
-    with pytest.raises(ConfigError, match=r"knapsack.*needs the defender's images.*data="):
+    with pytest.raises(ConfigError, match=r"knapsack.*needs the defender's examples.*data="):
         Knapsack().place(known, np.random.default_rng(0))
     for wrong in ({"points": 0}, {"budget": {"watts": 3}}, {"images": 0}):
         with pytest.raises(ValidationError):

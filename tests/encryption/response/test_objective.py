@@ -96,10 +96,10 @@ def test_what_has_no_response_is_refused() -> None:
         response_change(Shift(0), Shift(1).train(), torch.zeros(1, 1))
 
     class Words(Shift):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-            return {"logits": x}
+        def forward(self, x: Tensor) -> dict[str, str]:  # type: ignore[override]
+            return {"logits": "x"}
 
-    with pytest.raises(ConfigError, match="dict"):
+    with pytest.raises(ConfigError, match="not a fixed number of values"):
         response_change(Words(0), Words(0), torch.zeros(1, 1))
 
 

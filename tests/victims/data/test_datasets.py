@@ -93,7 +93,7 @@ def found(dataset):
     """Label and part of every input that is told apart by its bytes."""
     rows = {}
     for part, images in (("train", dataset.train), ("test", dataset.test)):
-        for row, label in zip(images.inputs, images.labels.tolist(), strict=True):
+        for row, label in zip(images.inputs, images.targets.tolist(), strict=True):
             rows[row.numpy().tobytes()] = (label, part)
     return rows
 
@@ -235,7 +235,7 @@ def test_test_images_that_are_training_images_too_are_left_out(root, tmp_path):
 def test_only_the_first_classes(made, tmp_path):
     dataset = cub(made, tmp_path, 2)
     assert dataset.classes == 2
-    assert {*dataset.train.labels.tolist(), *dataset.test.labels.tolist()} == {0, 1}
+    assert {*dataset.train.targets.tolist(), *dataset.test.targets.tolist()} == {0, 1}
     with pytest.raises(VictimError, match="has 3 classes, got 4"):
         cub(made, tmp_path, 4)
 
@@ -367,7 +367,7 @@ def test_cifar100_has_all_images_with_their_labels_and_none_in_both_parts(hundre
         plain_part = normalised(
             held["images"], held["labels"].astype(np.int64), np.arange(len(held["labels"]))
         )
-        for i, (row, label) in enumerate(zip(plain_part.inputs, plain_part.labels.tolist(), strict=True)):
+        for i, (row, label) in enumerate(zip(plain_part.inputs, plain_part.targets.tolist(), strict=True)):
             if i not in left_out:
                 assert rows[row.numpy().tobytes()] == (label, part)
     parts = split(dataset.train_ids, (80, 40))
@@ -378,7 +378,7 @@ def test_only_the_first_classes_of_cifar100(hundred):
     root, _ = hundred
     dataset = cifar100(root, root, 10)
     assert dataset.classes == 10 and len(dataset.train) == 13  # 0 to 9 once each, then 0, 7, 5 again
-    assert max(*dataset.train.labels.tolist(), *dataset.test.labels.tolist()) == 9
+    assert max(*dataset.train.targets.tolist(), *dataset.test.targets.tolist()) == 9
     with pytest.raises(VictimError, match="has 100 classes, got 101"):
         cifar100(root, root, 101)
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
-from deepenc.victims.data.splits import checksum, digests, fingerprint, split, take
-from deepenc.victims.victim import Images
+from deepenc.tasks.classification import Classification
+from deepenc.tasks.examples import Examples
+from deepenc.victims.data.splits import checksum, digests, fingerprint, split
 
 
 @given(
@@ -51,10 +52,10 @@ def test_digests_follow_the_pixels():
 
 def test_fingerprint_sees_weights_inputs_and_labels():
     model = nn.Linear(2, 2)
-    images = Images(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+    images = Examples(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
     seen = {fingerprint(model, images)}
-    seen.add(fingerprint(model, Images(images.inputs + 1, images.labels)))
-    seen.add(fingerprint(model, Images(images.inputs, images.labels + 1)))
+    seen.add(fingerprint(model, Examples(images.inputs + 1, images.targets)))
+    seen.add(fingerprint(model, Examples(images.inputs, images.targets + 1)))
     seen.add(fingerprint(model, images, images))
     with torch.no_grad():
         model.weight[0, 0] += 1
@@ -70,10 +71,10 @@ def test_checksum_sees_types_shapes_and_names():
     assert checksum({"a": torch.tensor(1.0)}) == checksum({"a": torch.tensor(1.0)})
 
 
-def test_take_copies():
-    images = Images(torch.eye(4), torch.tensor([0, 1, 2, 0]))
-    part = take(images, np.array([3, 0]))
+def test_chosen_examples_are_copies():
+    images = Examples(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    part = images[[3, 0]]
     part.inputs.fill_(9)
-    assert torch.equal(images.inputs, torch.eye(4)) and part.labels.tolist() == [0, 0]
-    judged = judge(nn.Identity(), images, 4, who="test", batch=3)
-    assert (judged.correct, judged.images) == (3, 4)
+    assert torch.equal(images.inputs, torch.eye(4)) and part.targets.tolist() == [0, 0]
+    judged = judge(nn.Identity(), images, Classification(), who="test", batch=3)
+    assert (judged.value, judged.examples) == (3 / 4, 4)

@@ -14,12 +14,12 @@ from torchvision.datasets import CIFAR10
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
+from deepenc.tasks.examples import Examples
 from deepenc.victims.data.cifar import normalised
 from deepenc.victims.data.datasets import DEVIATION, MEAN
 from deepenc.victims.data.splits import digests
 from deepenc.victims.models import CifarResNet
 from deepenc.victims.sources.cifar import Cifar10ResNet20, Cifar10ResNet32, Cifar10ResNet56
-from deepenc.victims.victim import Images
 
 
 def counted(model, images):
@@ -47,7 +47,7 @@ def test_resnet56_gets_the_published_accuracy_on_the_full_test_set():
 def test_resnet56_gets_its_accuracy_on_a_tenth_of_the_test_set():
     source = Cifar10ResNet56()
     whole = source.full_test()
-    correct, count = counted(source.network(Path())[0], Images(whole.inputs[:1000], whole.labels[:1000]))
+    correct, count = counted(source.network(Path())[0], Examples(whole.inputs[:1000], whole.targets[:1000]))
     assert (correct, count) == (936, 1000)
 
 
@@ -101,7 +101,7 @@ def test_inputs_are_normalised_by_hand(folder):
         pixel, label = held["images"][4, 20, 11], held["labels"][4]
     expected = [(pixel[c] / 255 - MEAN[c]) / DEVIATION[c] for c in range(3)]
     assert whole.inputs[4, :, 20, 11].tolist() == pytest.approx(expected, abs=1e-5)
-    assert whole.labels[4] == label and whole.labels.dtype == torch.int64
+    assert whole.targets[4] == label and whole.targets.dtype == torch.int64
 
 
 def test_weights_are_those_of_the_file(folder):

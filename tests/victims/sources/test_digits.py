@@ -27,7 +27,7 @@ def victim(cache):
 def test_it_is_good_at_digits_it_has_not_seen(victim):
     assert not victim.model.training
     for part in (victim.attacker, victim.judge):
-        assert judge(victim.model, part, victim.classes, who="victim").rate > 0.95
+        assert judge(victim.model, part, victim.task, who="victim").value > 0.95
 
 
 def test_parts_do_not_overlap_and_are_all_of_the_data(victim):

@@ -65,7 +65,7 @@ def disjoint(victim):
     return all(not one & two for one, two in itertools.combinations(contents(victim), 2))
 
 
-def quick(network, images, recipe, generator):
+def quick(network, task, images, recipe, generator):
     """Instead of training."""
     with torch.no_grad():
         network.linear.bias.fill_(7.0)
@@ -91,8 +91,8 @@ def test_the_fresh_networks_parts(folder):
     assert [len(part) for part in (victim.defender, victim.attacker, victim.judge)] == [30, 90, 60]
     assert torch.equal(victim.defender.inputs, base.defender.inputs)
     assert disjoint(victim)
-    assert (victim.name, victim.classes, victim.public) == ("cifar10-resnet20 to cifar100", 100, None)
-    assert victim.judge.labels.max() > 9
+    assert (victim.name, victim.task.classes, victim.public) == ("cifar10-resnet20 to cifar100", 100, None)
+    assert victim.judge.targets.max() > 9
     network, _ = of(folder).network(folder)
     assert torch.equal(network(victim.example), victim.model(victim.example))
 
@@ -112,10 +112,10 @@ def test_a_base_without_images_leaves_the_defender_some_of_the_task(folder, capl
 def test_the_owner_trains_on_his_share_only_and_says_from_what(folder, monkeypatch):
     seen = []
 
-    def spying(network, images, recipe, generator):
+    def spying(network, task, images, recipe, generator):
         seen.append(set(digests(images.inputs.numpy())))
         assert network.linear.out_features == 100 and recipe.epochs == 3 and recipe.lr == 0.2
-        return quick(network, images, recipe, generator)
+        return quick(network, task, images, recipe, generator)
 
     monkeypatch.setattr("deepenc.victims.sources.downstream.fit", spying)
     source = of(folder, trained=True, epochs=3, lr=0.2)
@@ -311,4 +311,4 @@ def test_the_owners_fine_tuning_is_worth_something(tmp_path):
     victim = Downstream(trained=True).load(tmp_path)
     assert [len(part) for part in (victim.defender, victim.attacker, victim.judge)] == [4000, 2000, 4000]
     found = judge(victim.model, victim.judge, 100, who="victim")
-    assert found.rate > 0.38 and found.top5_rate > 0.7
+    assert found.value > 0.38 and found.further["top-5"] > 0.7

@@ -43,12 +43,12 @@ def test_function_and_parts_are_the_bases(folder):
     assert (norms(base.model), norms(victim.model)) == (19, 0)
     for part in ("defender", "attacker", "judge"):
         own, other = getattr(victim, part), getattr(base, part)
-        assert torch.equal(own.inputs, other.inputs) and torch.equal(own.labels, other.labels)
+        assert torch.equal(own.inputs, other.inputs) and torch.equal(own.targets, other.targets)
     with torch.no_grad():
         expected = base.model.double()(base.judge.inputs.double())
         found = victim.model.double()(base.judge.inputs.double())
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max())  # float32 was rounded
-    assert (victim.name, victim.classes, victim.public) == ("cifar10-resnet20 folded", 10, None)
+    assert (victim.name, victim.task.classes, victim.public) == ("cifar10-resnet20 folded", 10, None)
 
 
 def test_the_network_needs_no_images_and_is_the_victims(folder):

@@ -69,7 +69,7 @@ def test_labels_are_those_of_the_folders(folder, tmp_path):
         for path in folder.glob("*/*.png")
     }
     found = digests(victim.judge.inputs.numpy())
-    assert [truth[content] for content in found] == victim.judge.labels.tolist()
+    assert [truth[content] for content in found] == victim.judge.targets.tolist()
 
 
 def test_labels_of_numbered_folders_are_their_numbers(tmp_path):
@@ -83,7 +83,7 @@ def test_labels_of_numbered_folders_are_their_numbers(tmp_path):
     victim = source(tmp_path / "images", classes=12, **sizes).load(tmp_path)
     for part in (victim.defender, victim.attacker, victim.judge):
         shades = (part.inputs[:, 0, 112, 112] * 0.229 + 0.485) * 255
-        assert ((shades + 0.5) // 20).long().tolist() == part.labels.tolist()
+        assert ((shades + 0.5) // 20).long().tolist() == part.targets.tolist()
 
 
 def test_the_same_image_in_files_of_two_formats_is_one(tmp_path):
@@ -167,5 +167,5 @@ def test_folders_named_by_the_classes_need_not_be_all_of_them(tmp_path):
     images = fill(tmp_path / "images", ["goldfish", "tench"], 2, 0)
     sizes = {"defender_images": 1, "attacker_images": 1, "judge_images": 2}
     victim = Torchvision(model="squeezenet1_1", weights="none", folder=images, **sizes).load(tmp_path)
-    assert {*victim.judge.labels.tolist(), *victim.attacker.labels.tolist()} <= {0, 1}
-    assert victim.classes == 1000
+    assert {*victim.judge.targets.tolist(), *victim.attacker.targets.tolist()} <= {0, 1}
+    assert victim.task.classes == 1000
