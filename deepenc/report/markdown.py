@@ -7,8 +7,8 @@ from pathlib import Path
 
 from deepenc.arena.estimates.comparison import ties
 from deepenc.arena.estimates.estimate import Estimate
+from deepenc.arena.estimates.summaries import CellSummary, summarise, worst
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, summarise, worst
 from deepenc.errors import StoreError
 from deepenc.report.comparison import comparisons_markdown
 from deepenc.report.curves import Chart, apart, charts

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deepenc.arena.estimates.comparison import ties
+from deepenc.arena.estimates.summaries import CellSummary, Place, WorstSummary, summarise, worst
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, Place, WorstSummary, summarise, worst
 from deepenc.report.format import (
     ABSENT,
     BEST,

@@ -16,10 +16,10 @@ from deepenc.arena.build import Encryption, Subject, fresh
 from deepenc.arena.duel import run_duel
 from deepenc.arena.estimates.estimate import Estimate, estimated
 from deepenc.arena.estimates.references import References, Row, by_key, table
+from deepenc.arena.estimates.summaries import worst
 from deepenc.arena.plan import Cell, Duel, plan
 from deepenc.arena.record import Record
 from deepenc.arena.run.matrix import device_of
-from deepenc.arena.stats import worst
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError

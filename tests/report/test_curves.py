@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from deepenc.arena.estimates.summaries import summarise
 from deepenc.arena.record import Record
-from deepenc.arena.stats import summarise
 from deepenc.arena.threat import Threat
 from deepenc.errors import StoreError
 from deepenc.report.curves import apart, charts

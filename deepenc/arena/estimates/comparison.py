@@ -11,8 +11,8 @@ import numpy as np
 
 from deepenc.arena.estimates.estimate import FEWEST, TOO_FEW, Interval, estimated, interval
 from deepenc.arena.estimates.references import Row, row, stacked
+from deepenc.arena.estimates.summaries import Place, strongest
 from deepenc.arena.record import Record
-from deepenc.arena.stats import Place, strongest
 
 LEVEL = 0.05
 """Chance that any comparison of a family is called where there is no difference at all."""

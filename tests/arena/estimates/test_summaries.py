@@ -6,8 +6,8 @@ import pytest
 
 from deepenc.arena.estimates.estimate import wilson
 from deepenc.arena.estimates.references import References, advantage
+from deepenc.arena.estimates.summaries import Layers, per_layer, summarise, worst
 from deepenc.arena.record import Cost, Detection, Record, Score
-from deepenc.arena.stats import Layers, per_layer, summarise, worst
 
 
 def record(defense, attack, correct, key=0, repeat=0, *, reference=None, state="done", threat="t", **more):
