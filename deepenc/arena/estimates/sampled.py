@@ -37,8 +37,8 @@ UNEVEN = 0.9
 
 Where all seems well there is more room for a key that goes wrong than for one that is better still: a sample
 of few keys seldom has the former, and its mean is then too near the end. The limit on that side is therefore
-taken at a smaller tail, and the other at a larger, with the same sum. The number is the least for which all
-populations that were measured are covered (`docs/intervals.md`).
+taken at a smaller tail, and the other at a larger, with the same sum. The number was chosen by simulation
+(`docs/intervals.md`).
 """
 
 
