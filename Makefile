@@ -40,7 +40,7 @@ types: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python -m pip install --quiet --editable ".[benchmarks]"
-	for name in structure matrix language gain tuning; do .venv/bin/python benchmarks/$$name.py || exit 1; done
+	for name in structure matrix language gain tuning coverage; do .venv/bin/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,6 +18,7 @@ from deepenc.arena.plan import Duel
 from deepenc.arena.provenance import Clock
 from deepenc.arena.record import Cost, Detection, Record, Score
 from deepenc.arena.threat import Meter, Threat, close
+from deepenc.encryption.keys.key import secret_bytes
 from deepenc.errors import ClaimError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.processes.residue import Surroundings
@@ -52,7 +53,12 @@ def _begun(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
     try:
         with isolated(number(derive(duel.secret, "global generators")), duel.device):
             encrypted = encryption()
-        known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
+        key = encrypted.key
+        known = {
+            "memory": encrypted.memory,
+            "key_bits": float(key.entropy),
+            "secret_bytes": secret_bytes(key),
+        }
         if lacking := _lacking(cell.entry.attack, threat, encrypted.subject.victim):
             return duel.record(state="unsupported", reason=lacking, **known)
         with isolated(duel.seed, duel.device):

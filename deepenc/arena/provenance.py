@@ -19,7 +19,7 @@ import torch
 from deepenc.arena.record import Provenance
 
 PACKAGE = Path(__file__).parents[1]
-UNRELATED = ("cli/", "report/", "study/", "arena/run/", "arena/stats.py", "arena/estimates.py", "config.py")
+UNRELATED = ("cli/", "report/", "study/", "arena/run/", "arena/estimates/", "config.py")
 """Parts of the package that order, repeat and show duels, and change no result."""
 
 

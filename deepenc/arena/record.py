@@ -134,6 +134,8 @@ class Record(_Part):
         cost: What the attack spent.
         memory: Measured ΔMem / Mem of the defense.
         key_bits: Entropy of the key.
+        secret_bytes: What the owner keeps: the key's content without its fixed part, in bytes, all that is
+            withheld included (see `deepenc.encryption.keys.key.secret_bytes`).
         diverged: Whether an optimisation of the attack ran into numbers that are not finite; what it claimed
             is from before.
         provenance: Versions, machine and time; None where no duel was begun.
@@ -158,6 +160,7 @@ class Record(_Part):
     cost: Cost | None = None
     memory: float | None = None
     key_bits: float | None = None
+    secret_bytes: Count | None = None
     diverged: bool = False
     provenance: Provenance | None = None
     unreliable: Reason | None = None

@@ -105,6 +105,9 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="Write all records to this CSV file as well.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write tables to this Markdown file as well.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Draw heat maps and curves into this folder.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Which defense is better, which attack stronger, and what ties.")
+    ] = False,
 ) -> None:
     """Show the tables of a run, finished or not.
 
@@ -119,6 +122,10 @@ def report(
     records, open_cells = _read(folder)
     console = out()
     _show(records, console)
+    if compare:
+        from deepenc.report.comparison import comparisons
+
+        console.print(comparisons(records))
     if open_cells:
         console.print(
             f"{cells_are(open_cells)} not finished: give the command of the run again.", markup=False
@@ -126,7 +133,7 @@ def report(
     if csv is not None:
         console.print(f"{write_csv(records, csv)} records written to {csv}", markup=False)
     if markdown is not None:
-        write_markdown(records, markdown)
+        write_markdown(records, markdown, compare=compare)
         console.print(f"tables written to {markdown}", markup=False)
     if figures is not None:
         from deepenc.report.figures import write_figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from deepenc.cli.console import WIDTH, out
 from deepenc.errors import StoreError
 
 if TYPE_CHECKING:
-    from deepenc.arena.estimates import Estimate
+    from deepenc.arena.estimates.estimate import Estimate
     from deepenc.study.search import Search
     from deepenc.study.tuning import Tuned
 
@@ -123,13 +124,10 @@ def _show(search: Search, tuned: Tuned, console: Console) -> None:
 
 def _said(objective: str, estimate: Estimate | None) -> str:
     """A mean with its interval over keys, and their number."""
-    from deepenc.report.format import ABSENT
+    from deepenc.report.format import ABSENT, bracket
     from deepenc.study.outcome import measured
 
     if estimate is None:
         return ABSENT
-    interval = estimate.interval
-    spread = (
-        f" [{measured(objective, interval.low)}, {measured(objective, interval.high)}]" if interval else ""
-    )
+    spread = bracket(estimate, partial(measured, objective))
     return f"{measured(objective, estimate.mean)}{spread} n={estimate.keys}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deepenc.arena.stats import CellSummary
+from deepenc.arena.estimates.summaries import CellSummary
 from deepenc.arena.threat import point
 
 

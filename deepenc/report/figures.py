@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepenc.arena.estimates.summaries import CellSummary, summarise
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, summarise
 from deepenc.errors import StoreError
 from deepenc.report.curves import Chart, apart, charts
 

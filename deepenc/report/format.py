@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from deepenc.arena.estimates import Estimate
+from deepenc.arena.estimates.estimate import Estimate, Interval, Method, unseen
 
 ABSENT = "—"
 """Stands where nothing was measured; never 0."""
 
+MARKS: dict[Method, str] = {"crossed": "", "keys": "k", "examples": "e"}
+"""How an interval says what it takes into account."""
+
+BEST = {"best": " (best)", "tie": " (≈ best)"}
+"""Marks of `deepenc.arena.estimates.comparison.ties`."""
+
+TIES = (
+    "Defenses marked ≈ cannot be told from the best by their strongest attacks (p of at least 0.05, Holm "
+    "over all pairs)."
+)
+
 INTERVAL = (
-    "Mean over keys [95 % interval: bootstrap over keys; over the judge's examples (Wilson) where all keys "
-    "agree]"
+    "Mean [95 % interval, over keys and the judge's examples; `k`: over keys, these examples only; `e`: over "
+    "examples, these keys only]"
 )
 
 
@@ -48,9 +59,43 @@ def estimate(value: Estimate | None, factor: int, digits: int) -> tuple[str, str
     def text(number: float) -> str:
         return f"{factor * number:.{digits}f}"
 
-    interval = value.interval
-    spread = f" [{text(interval.low)}, {text(interval.high)}]" if interval else ""
-    return text(value.mean) + spread, text(value.most)
+    return text(value.mean) + bracket(value, text), text(value.most)
+
+
+def bracket(value: Estimate, text: Callable[[float], str]) -> str:
+    """The interval of an estimate in brackets, a space in front; or why there is none.
+
+    Args:
+        value: What was estimated.
+        text: Writes one number.
+    """
+    if value.interval:
+        return " " + bounds(value.interval, text)
+    return f" [{value.lacks}]" if value.lacks else ""
+
+
+def bounds(interval: Interval, text: Callable[[float], str]) -> str:
+    """Both ends of an interval, and the mark of its method.
+
+    >>> bounds(Interval(0.25, 0.5, "keys"), str)
+    '[0.25, 0.5]k'
+    """
+    return f"[{text(interval.low)}, {text(interval.high)}]{MARKS[interval.method]}"
+
+
+def owners(keys: Iterable[int]) -> list[str]:
+    """What numbers of keys say about the next one, in words; one sentence for each number that occurs.
+
+    >>> owners([5, 5])
+    ['Of 5 keys the worst is shown: with 95 % confidence, at most 45 % of all keys are worse than it.']
+    """
+    return [
+        f"Of {number} keys the worst is shown: with 95 % confidence, at most {100 * unseen(number):.0f} % of "
+        "all keys are worse than it."
+        if number > 1
+        else "Of one key next to nothing follows for others: up to 95 % of all keys may be worse."
+        for number in sorted(set(keys))
+    ]
 
 
 def count(number: float) -> str:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deepenc.arena.estimates.summaries import WorstSummary, worst
 from deepenc.arena.record import Record
-from deepenc.arena.stats import WorstSummary, worst
 from deepenc.arena.threat import point
 
 TOLERABLE = 0.1

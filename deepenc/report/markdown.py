@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from deepenc.arena.estimates import Estimate
+from deepenc.arena.estimates.comparison import ties
+from deepenc.arena.estimates.estimate import Estimate
+from deepenc.arena.estimates.summaries import CellSummary, summarise, worst
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, summarise, worst
 from deepenc.errors import StoreError
+from deepenc.report.comparison import comparisons_markdown
 from deepenc.report.curves import Chart, apart, charts
 from deepenc.report.format import (
     ABSENT,
+    BEST,
     INTERVAL,
+    TIES,
     by_frequency,
+    count,
     estimate,
     markdown_table,
+    owners,
     share,
     states,
     with_keys,
@@ -27,7 +33,8 @@ Cell = Callable[[CellSummary], str]
 LEGEND = (
     f"Scores in %. {INTERVAL} (the owner's worst key). Detection: area under the "
     "ROC curve, share of sites found exactly (share of keys with all sites found, and what the paper's p^L "
-    f"makes it), bits of the key left to try. {ABSENT} was not measured."
+    "makes it), bits of the key left to try, true positive rate at 1 % false positives in %. "
+    f"{TIES} {ABSENT} was not measured."
 )
 
 
@@ -61,36 +68,51 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_markdown(records: Sequence[Record], path: str | Path) -> None:
+def write_markdown(records: Sequence[Record], path: str | Path, *, compare: bool = False) -> None:
     """Write all tables of a run to a file.
+
+    Args:
+        records: Of one run.
+        path: The file.
+        compare: Whether the comparisons follow.
 
     Raises:
         StoreError: The file cannot be written.
     """
     try:
-        Path(path).write_text(markdown(records), encoding="utf-8")
+        text = markdown(records) + ("\n" + comparisons_markdown(records) if compare else "")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
 def _strongest(records: Sequence[Record], summaries: Iterable[CellSummary]) -> str:
     found = {s.group: s for s in summaries}
-    rows = [["victim", "threat", "defense", "strongest attack (keys)", "accuracy", "advantage", "its cost"]]
-    for line in worst(records):
+    rows = [
+        [
+            *("victim", "threat", "defense", "memory", "secret", "strongest attack (keys)"),
+            *("accuracy", "advantage", "its cost"),
+        ]
+    ]
+    lines, marks = worst(records), ties(records)
+    for line in lines:
         strongest = by_frequency(line.attacks)[0][0]
         cell = found[line.victim, line.defense, line.threat, strongest]
         rows.append(
             [
                 line.victim,
                 line.threat,
-                line.defense,
+                line.defense + BEST.get(marks.get((line.victim, line.defense, line.threat), ""), ""),
+                ABSENT if cell.memory is None else f"+{100 * cell.memory:.1f} %",
+                ABSENT if cell.secret_bytes is None else f"{count(cell.secret_bytes)} bytes",
                 with_keys(line.attacks),
                 _estimate(line.score, 100, 1),
                 _estimate(line.advantage, 1, 2),
                 _cost(cell),
             ]
         )
-    return markdown_table(rows) if len(rows) > 1 else ""
+    said = "\n\n" + " ".join(owners(line.score.keys for line in lines))
+    return markdown_table(rows) + said if len(rows) > 1 else ""
 
 
 def _cost(summary: CellSummary) -> str:
@@ -171,6 +193,6 @@ def _detection(summary: CellSummary) -> str:
     layers = found.layers
     together = f" (all: {layers.joint:.0%}, by p^L {layers.product:.0%})" if found.exact.mean else ""
     return (
-        f"{found.auc.mean:.2f}, {found.exact.mean:.0%}{together}, "
-        f"{found.bits_left.mean:.0f} of {found.bits:.0f} bits"
+        f"{estimate(found.auc, 1, 2)[0]}, {found.exact.mean:.0%}{together}, "
+        f"{found.bits_left.mean:.0f} of {found.bits:.0f} bits, TPR {estimate(found.tpr, 100, 1)[0]}"
     )

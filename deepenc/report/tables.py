@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
@@ -11,9 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from deepenc.arena.estimates.comparison import ties
+from deepenc.arena.estimates.summaries import CellSummary, Place, WorstSummary, summarise, worst
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, WorstSummary, summarise, worst
-from deepenc.report.format import ABSENT, INTERVAL, count, percent, states, unit, with_keys
+from deepenc.report.format import (
+    ABSENT,
+    BEST,
+    INTERVAL,
+    TIES,
+    count,
+    estimate,
+    owners,
+    percent,
+    states,
+    unit,
+    with_keys,
+)
 
 LEGEND = (
     f"{INTERVAL}; `top` is the key on which the attack did best, the owner's worst. "
@@ -21,6 +34,7 @@ LEGEND = (
     "AUC, TPR at 1 % false positives, share of sites found exactly, and bits of the key left to try: "
     "how well confusion channels were detected (chance: AUC 0.5, TPR 0.01). "
     "Images, steps, s: mean cost of a duel. "
+    f"{TIES} "
     f"{ABSENT} was not measured: the state says why."
 )
 
@@ -33,34 +47,46 @@ def report(records: Sequence[Record]) -> RenderableType:
     parts: list[RenderableType] = []
     for (victim, threat), members in _by(summaries):
         parts += [cells(victim, threat, members), *_reasons(members)]
-    strongest = worst(records)
+        if scored := [line for line in members if line.detection]:
+            parts.append(detections(victim, threat, scored))
+    strongest, marks = worst(records), ties(records)
     for victim in dict.fromkeys(line.victim for line in strongest):
-        parts.append(overview(victim, [w for w in strongest if w.victim == victim], summaries))
+        lines = [w for w in strongest if w.victim == victim]
+        parts.append(overview(victim, lines, summaries, marks))
+        parts += [Text(f"  {said}") for said in owners(line.score.keys for line in lines)]
     return Group(*parts, Text(LEGEND, style="dim"))
 
 
-def overview(victim: str, strongest: Sequence[WorstSummary], summaries: Sequence[CellSummary]) -> Table:
+def overview(
+    victim: str,
+    strongest: Sequence[WorstSummary],
+    summaries: Sequence[CellSummary],
+    marks: Mapping[Place, str],
+) -> Table:
     """One line per threat and defense of a victim: its price, and its strongest attack.
 
     Args:
         victim: For the title.
         strongest: From `worst`, of that victim.
-        summaries: From `summarise`, for memory and key bits.
+        summaries: From `summarise`, for memory, secret and key bits.
+        marks: From `ties`.
     """
-    price = {(s.victim, s.defense): (s.memory, s.key_bits) for s in summaries if s.memory is not None}
+    price = {(s.victim, s.defense): s for s in summaries if s.memory is not None}
     table = _table(f"{victim}: every defense against the strongest attack on each key")
     for name in ("threat", "defense"):
         table.add_column(name, no_wrap=True)
-    for name in ("memory", "key bits", "score %", "top", "advantage", "top"):
+    for name in ("memory", "secret B", "key bits", "score %", "top", "advantage", "top"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("strongest attack (keys)", overflow="fold")
     table.add_column("not done", justify="right", overflow="fold")
     for line in strongest:
-        memory, bits = price.get((line.victim, line.defense), (None, None))
+        cost = price.get((line.victim, line.defense))
+        memory, secret, bits = (cost.memory, cost.secret_bytes, cost.key_bits) if cost else (None,) * 3
         table.add_row(
             escape(line.threat),
-            escape(line.defense),
+            escape(line.defense) + BEST.get(marks.get((line.victim, line.defense, line.threat), ""), ""),
             ABSENT if memory is None else f"+{100 * memory:.1f} %",
+            ABSENT if secret is None else count(secret),
             ABSENT if bits is None else f"{bits:.0f}",
             *map(escape, (*percent(line.score), *unit(line.advantage))),
             escape(with_keys(line.attacks)),
@@ -80,7 +106,7 @@ def cells(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
     table = _table(f"{victim} against {threat}")
     table.add_column("attack", no_wrap=True)
     for name in ("score %", "top", "advantage", "AUC", "TPR", "exact", "bits"):
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold", min_width=len(name))
     for name in ("images", "steps", "s"):
         table.add_column(name, justify="right", style="dim", overflow="fold")
     table.add_column("state", overflow="fold")
@@ -89,6 +115,32 @@ def cells(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
         table.add_row(escape(defense), style="bold")
         for line in lines:
             table.add_row(*_cell(line), style="dim" if line.reference else "")
+    return table
+
+
+def detections(victim: str, threat: str, summaries: Iterable[CellSummary]) -> Table:
+    """What claimed scores are worth, with intervals.
+
+    Args:
+        victim: For the title.
+        threat: For the title.
+        summaries: Of that victim and threat, with scores.
+    """
+    table = _table(f"{victim} against {threat}: confusion channels detected")
+    table.add_column("attack", no_wrap=True)
+    table.add_column("defense", no_wrap=True)
+    for name in ("AUC", "TPR % at 1 % FPR", "sites exact %", "bits left"):
+        table.add_column(name, justify="right", overflow="fold")
+    for line in summaries:
+        found = line.detection
+        assert found is not None
+        measured = (
+            unit(found.auc),
+            percent(found.tpr),
+            percent(found.exact),
+            estimate(found.bits_left, 1, 0),
+        )
+        table.add_row(escape(line.attack), escape(line.defense), *(escape(text) for text, _ in measured))
     return table
 
 

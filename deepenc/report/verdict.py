@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from deepenc.arena.estimates.summaries import CellSummary, WorstSummary, summarise, worst
 from deepenc.arena.record import Record
-from deepenc.arena.stats import CellSummary, WorstSummary, summarise, worst
 from deepenc.report.format import by_frequency, count, estimate, unit
 from deepenc.report.frontier import TOLERABLE
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import yaml
 
-from deepenc.arena.estimates import Estimate
+from deepenc.arena.estimates.estimate import Estimate
 from deepenc.arena.plan import Experiment
 from deepenc.arena.record import Record
 from deepenc.encryption.defense import Defense

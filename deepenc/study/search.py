@@ -18,7 +18,9 @@ from deepenc.encryption.response.objective import Form
 from deepenc.errors import ConfigError, DeepencError
 from deepenc.victims.victim import VictimSource
 
-Objective = Literal["damage-per-memory", "gain", "worst-advantage", "damage", "memory", "detectability"]
+Objective = Literal[
+    "damage-per-memory", "gain", "worst-advantage", "damage", "memory", "secret", "detectability"
+]
 RISING: frozenset[Objective] = frozenset({"damage-per-memory", "gain", "damage"})
 """Objectives of which more is better; of the others less is."""
 CHANGEABLE = {"trials", "fresh_keys", "against", "workers", "finalists", "pruning"}
@@ -42,7 +44,8 @@ class Search(BaseModel):
         objectives: What to reach: several make a front of compromises. ``damage-per-memory``: points of
             accuracy lost per percent of memory; ``gain``: Equation 1 with ``lam``; ``worst-advantage``: of
             the strongest attack per key; ``damage``: share of accuracy lost; ``memory``: ΔMem / Mem;
-            ``detectability``: the largest AUC of an attack's scores per key.
+            ``secret``: bytes that the owner keeps; ``detectability``: the largest AUC of an attack's scores
+            per key.
         lam: λ of Equation 1, for ``gain``.
         measure: What Equation 1 compares, for ``gain``: ``logits``, ``probabilities``, ``features``, or
             ``features:NAME`` of a layer.
@@ -108,7 +111,7 @@ class Search(BaseModel):
     def _objectives_agree(self) -> None:
         place = ("objectives",)
         asked = set(self.objectives)
-        aims = asked - {"memory", "detectability"}
+        aims = asked - {"memory", "secret", "detectability"}
         if len(asked) < len(self.objectives):
             raise ConfigError("one is listed twice", place)
         if not aims:

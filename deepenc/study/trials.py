@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ import torch
 
 from deepenc.arena.build import Encryption, Subject, fresh
 from deepenc.arena.duel import run_duel
-from deepenc.arena.estimates import Estimate, bootstrap
+from deepenc.arena.estimates.estimate import Estimate, estimated
+from deepenc.arena.estimates.references import References, Row, by_key, table
+from deepenc.arena.estimates.summaries import worst
 from deepenc.arena.plan import Cell, Duel, plan
 from deepenc.arena.record import Record
 from deepenc.arena.run.matrix import device_of
-from deepenc.arena.stats import References, worst
 from deepenc.encryption.defense import Defense
 from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError
@@ -213,32 +215,25 @@ def values_of(
         For each objective None where it was not measured.
     """
     references = References(records)
-    lost: dict[int, list[float]] = {}
-    costs: dict[int, float] = {}
+    own = [record for record in records if record.protected and record.state == "done"]
+    memory, _ = by_key(own, lambda record: record.memory)
+    secret, _ = by_key(own, lambda record: record.secret_bytes)
+    # One formula for all that is a mean over examples: what each of them lost, and that for the memory spent.
+    lost, damaged = by_key(own, partial(_damage, references))
+    losses = table(damaged, references.damage)
+    per_memory, priced = by_key([r for r in own if r.memory], partial(_ratio, references))
     suspected: dict[int, float] = {}
-    for record in records:
-        if not record.protected or record.state != "done":
-            continue
-        original = references.rate("floor", record)
-        if record.reference == "floor" and record.score and original is not None:
-            lost.setdefault(record.key, []).append(original - record.score.value)
-        if record.memory is not None:
-            costs[record.key] = record.memory
+    for record in own:
         if record.detection is not None:
             suspected[record.key] = max(record.detection.auc, suspected.get(record.key, 0.0))
-    damage = {key: float(np.mean(values)) for key, values in lost.items()}
+    gains = {key: r - (search.lam or 0.0) * memory[key] for key, r in enumerate(responses) if key in memory}
     measured: dict[Objective, Estimate | None] = {
-        "damage": estimate(damage),
-        "memory": estimate(costs),
-        "detectability": estimate(suspected),
-        "damage-per-memory": estimate({k: d / costs[k] for k, d in damage.items() if costs.get(k)}),
-        "gain": estimate(
-            {
-                key: response - (search.lam or 0.0) * costs[key]
-                for key, response in enumerate(responses)
-                if key in costs
-            }
-        ),
+        "damage": estimated(lost, "free", table=losses),
+        "memory": estimated(memory, "free"),
+        "secret": estimated(secret, "free"),
+        "detectability": estimated(suspected),
+        "damage-per-memory": estimated(per_memory, "free", table=table(priced, partial(_ratios, references))),
+        "gain": estimated(gains, "free"),
         "worst-advantage": None,
     }
     advantages = [w.advantage for w in worst(records) if w.advantage is not None]
@@ -247,14 +242,22 @@ def values_of(
     return [measured[objective] for objective in search.objectives]
 
 
-def estimate(by_key: Mapping[int, float]) -> Estimate | None:
-    """A mean over keys with its bootstrap; None without a key."""
-    if not by_key:
+def _damage(references: References, record: Record) -> float | None:
+    """Share of the score that a release lost, as it is; None for other records."""
+    original = references.rate("floor", record)
+    if record.reference != "floor" or record.score is None or original is None:
         return None
-    values = list(by_key.values())
-    most = max(by_key, key=lambda key: by_key[key])
-    mean = float(np.mean(values))
-    return Estimate(mean, min(values), by_key[most], most, len(values), bootstrap(values))
+    return original - record.score.value
+
+
+def _ratio(references: References, record: Record) -> float | None:
+    damage = _damage(references, record)
+    return damage / record.memory if damage is not None and record.memory else None
+
+
+def _ratios(references: References, record: Record) -> Row | None:
+    damage = references.damage(record)
+    return damage / record.memory if damage is not None and record.memory else None
 
 
 def _unmeasured(missing: Sequence[Objective]) -> str:

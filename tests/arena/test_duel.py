@@ -21,6 +21,7 @@ from deepenc.arena.oracle import Oracle as AuthorisedModel
 from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Meter, Needs, Threat
 from deepenc.encryption.defense import Defense
+from deepenc.encryption.keys.key import secret_bytes
 
 CPU = torch.device("cpu")
 FULL = Threat(name="full", labelled=20, unlabelled=30)
@@ -150,6 +151,7 @@ def test_leaving_the_network_alone_measures_it(encryption):
     assert (record.state, record.score.value, record.score.examples) == ("done", right / 256, 256)
     assert (record.detection, record.removed) == (None, False)
     assert record.key_bits == pytest.approx(encryption.key.entropy)
+    assert record.secret_bytes == secret_bytes(encryption.key) > 0
     assert 0 < record.memory < 1
 
 

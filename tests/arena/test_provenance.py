@@ -50,7 +50,7 @@ def package(tmp_path):
         ("report/tables.py", False),
         ("study/tuning.py", False),
         ("arena/run/store.py", False),
-        ("arena/stats.py", False),
+        ("arena/estimates/summaries.py", False),
     ],
 )
 def test_changed_sources_are_another_version(package, file, changes):

@@ -60,4 +60,4 @@ def test_a_run_without_curves_has_none() -> None:
 
 def test_the_table_says_it() -> None:
     text = markdown(run({10: 14, 50: 50}))
-    assert "| d | 0.05 | 0.50 | 10 |" in text
+    assert "| d | 0.05 [too few keys] | 0.50 [too few keys] | 10 |" in text

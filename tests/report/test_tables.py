@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from scipy.special import expit, logit
+from scipy.stats import t
 
-from deepenc.arena.estimates import wilson
+from deepenc.arena.estimates.estimate import unseen, wilson
 from deepenc.arena.record import Record
 from deepenc.errors import StoreError
 from deepenc.report.export import COLUMNS, write_csv
@@ -51,12 +54,15 @@ DETECTION = {
     "bits": 55.0,
 }
 
+KEYS = (0, 1, 2)
+RIGHT = (60, 80, 70)
+"""Of 100, by the attack that guesses; the references have 50 and 90."""
+
 RECORDS = [
-    *(reference("null", "floor", key, 90) for key in (0, 1)),
-    *(reference("scratch", "scratch", key, 50) for key in (0, 1)),
-    *(record("null", key, 20, reference="floor") for key in (0, 1)),
-    record("guess", 0, 60, detection=DETECTION),
-    record("guess", 1, 80, detection=DETECTION),
+    *(reference("null", "floor", key, 90) for key in KEYS),
+    *(reference("scratch", "scratch", key, 50) for key in KEYS),
+    *(record("null", key, 20, reference="floor") for key in KEYS),
+    *(record("guess", key, RIGHT[key], detection=DETECTION) for key in KEYS),
     *(
         record(
             "broken",
@@ -66,13 +72,23 @@ RECORDS = [
             reason="ValueError: too [bold]wide[/bold]\n\nTraceback\n  a line\n",
             cost=None,
         )
-        for key in (0, 1)
+        for key in KEYS
     ),
     *(
         record("asks", key, None, state="unsupported", reason="needs labelled >= 5", cost=None)
-        for key in (0, 1)
+        for key in KEYS
     ),
 ]
+
+# Student's interval of 0.6, 0.8 and 0.7 on the logit scale, its tails by the rule of the shares; of the
+# advantages (0.6 - 0.5) / 0.4 and so on in the middle, where tails are even.
+SPREAD = 0.1 / math.sqrt(3)
+LOW, HIGH = (
+    expit(logit(0.7) - side * SPREAD / 0.21 * t.isf(0.025 * (1 - side * 0.9 * 0.4**2), 2)) for side in (1, -1)
+)
+HALF = 0.25 / math.sqrt(3) * t.isf(0.025, 2)
+SCORE = f"[{100 * LOW:.1f}, {100 * HIGH:.1f}]k"
+GAIN = f"[{0.5 - HALF:.2f}, {0.5 + HALF:.2f}]k"
 
 
 def shown(records: list[Record], width: int = 120) -> str:
@@ -87,15 +103,14 @@ def line(text: str, start: str) -> str:
 
 
 def test_a_cell_shows_what_was_measured() -> None:
-    # By hand: keys 60 and 80 of 100; advantages (60 - 50) / 40 and (80 - 50) / 40.
-    cells = line(shown(RECORDS), "guess").split()
-    assert cells[:4] == ["guess", "70.0", "[60.0,", "80.0]"]
-    assert cells[4:8] == ["80.0", "0.50", "[0.25,", "0.75]"]
+    cells = line(shown(RECORDS).partition("detected")[0], "guess").split()
+    assert cells[:4] == ["guess", "70.0", *SCORE.split()]
+    assert cells[4:8] == ["80.0", "0.50", *GAIN.split()]
     assert cells[8:12] == ["0.75", "0.25", "25%", "12"]
-    assert cells[12:] == ["12.8k", "0", "1.2", "2", "done"]
+    assert cells[12:] == ["12.8k", "0", "1.2", "3", "done"]
 
 
-@pytest.mark.parametrize(("attack", "state"), [("broken", "2 failed"), ("asks", "2 unsupported")])
+@pytest.mark.parametrize(("attack", "state"), [("broken", "3 failed"), ("asks", "3 unsupported")])
 def test_what_was_not_measured_is_absent_and_says_why(attack: str, state: str) -> None:
     text = shown(RECORDS)
     found = line(text, attack)
@@ -116,9 +131,9 @@ def test_references_are_in_the_table() -> None:
 def test_the_overview_takes_the_strongest_attack_of_every_key() -> None:
     text = shown(RECORDS).partition("strongest attack on each key")[2]
     (found,) = [x for x in text.splitlines() if " weak " in x]
-    for part in ("+4.2 %", "55", "70.0", "80.0", "0.75", "guess (2)"):
+    for part in ("+4.2 %", "55", "70.0", "80.0", "0.75", "guess (3)"):
         assert part in found
-    assert found.rstrip().endswith("4"), "the duels that did not end well are counted"
+    assert found.rstrip().endswith("6"), "the duels that did not end well are counted"
 
 
 def test_no_column_is_dropped_where_the_terminal_is_narrow() -> None:
@@ -131,7 +146,8 @@ def test_no_column_is_dropped_where_the_terminal_is_narrow() -> None:
     head = " ".join(text.split())
     for column in ("state", "strongest", "advantage", "TPR"):
         assert column in head
-    assert "0.25," in head and "0.75]" in head, "intervals are folded, not cut"
+    low, high = GAIN.split()
+    assert low in head and high in head, "intervals are folded, not cut"
     assert "…" not in text
 
 
@@ -158,7 +174,7 @@ def test_csv_has_everything_and_leaves_the_rest_empty(tmp_path: Path) -> None:
     assert len(rows) == len(RECORDS)
     guess = next(r for r in rows if r["attack"] == "guess" and r["key"] == "1")
     assert (guess["score_value"], guess["detection_auc"], guess["cost_samples"]) == (
-        "80",
+        "0.8",
         "0.75",
         "12800",
     )
@@ -183,9 +199,12 @@ def test_markdown_has_attacks_down_and_defenses_across() -> None:
     column = header.strip("| ").split(" | ").index("weak (+4.2 %)")
     rows = [line.strip("| ").split(" | ") for line in reversed(lines)]
     cells = {row[0]: row for row in rows}
-    assert cells["guess"][column].startswith("70.0 [60.0, 80.0] (80.0)")
+    assert cells["guess"][column].startswith(f"70.0 {SCORE} (80.0)")
     assert cells["null"][column].startswith("20.0 [13.")  # Wilson: both keys agree
-    assert any("0.75, 25% (all: 0%, by p^L 0%), 12 of 55 bits" in line for line in lines)
+    assert any(
+        "0.75 [keys agree], 25% (all: 0%, by p^L 0%), 12 of 55 bits, TPR 25.0 [keys agree]" in line
+        for line in lines
+    )
 
 
 def test_markdown_names_the_state_of_what_was_not_measured() -> None:
@@ -199,21 +218,58 @@ def test_unreliable_and_diverged_attacks_are_marked() -> None:
     assert "1 done, 1 diverged, unreliable" in words
     assert f"blind is not reliable: {fault}" in words
     high = f"{100 * wilson(40, 100).high:.1f}"
-    assert f"{high}]* |" in markdown(marked) and "*" not in markdown(RECORDS).replace("**", "")
+    assert f"{high}]e* |" in markdown(marked) and "*" not in markdown(RECORDS).replace("**", "")
 
 
 def test_the_strongest_attack_is_named_with_its_advantage_and_cost() -> None:
     (row,) = [x for x in markdown(RECORDS).splitlines() if x.startswith("| tiny | thief | weak |")]
-    # 60 and 80 of 100 between 50 from scratch and 90 for the original.
-    assert "guess (2) | 70.0 [60.0, 80.0] (80.0) | 0.50 [0.25, 0.75] (0.75) | 12800 samples, 1.2 s |" in row
+    assert f"guess (3) | 70.0 {SCORE} (80.0) | 0.50 {GAIN} (0.75) | 12800 samples, 1.2 s |" in row
 
 
 def test_top5_stands_beside_top1() -> None:
     score = {"value": 0.2, "examples": 100, "further": {"top-5": 0.5}}
     counted = [record("guess", key, None, score=score) for key in (0, 1)]
-    assert "| 20.0 [13.3, 28.9]; top-5 50.0 |" in markdown(counted)
+    assert "| 20.0 [13.3, 28.9]e; top-5 50.0 |" in markdown(counted)
 
 
 def test_markdown_to_nowhere(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="choose another file"):
         write_markdown(RECORDS, tmp_path / "none" / "x.md")
+
+
+def test_detection_has_intervals_of_its_own_table() -> None:
+    aucs = (0.6, 0.9, 0.75)
+    records = [
+        record("guess", key, RIGHT[key], detection=DETECTION | {"auc": auc}) for key, auc in enumerate(aucs)
+    ]
+    found = line(shown(records).partition("detected")[2].partition("strongest")[0], "guess")
+    assert "0.75 [0." in found and "25.0 [keys agree]" in found
+
+
+def test_two_keys_are_said_to_be_too_few() -> None:
+    text = " ".join(shown([record("guess", key, RIGHT[key]) for key in (0, 1)]).split())
+    assert "70.0 [too few keys]" in text
+
+
+def test_what_keys_say_of_the_next_one_is_said_in_words() -> None:
+    share = f"at most {100 * unseen(3):.0f} % of all keys are worse"
+    assert share in " ".join(shown(RECORDS).split()) and share in markdown(RECORDS)
+    assert unseen(3) == pytest.approx(0.6316, abs=1e-4)
+
+
+def test_the_best_defense_and_its_ties_are_marked() -> None:
+    others = [
+        record("guess", key, right, defense=name)
+        for name, rates in {"same": (61, 79, 71), "worse": (79, 98, 89)}.items()
+        for key, right in zip(KEYS, rates, strict=True)
+    ]
+    records = [*RECORDS[:12], *others]
+    text = markdown(records)
+    assert "| weak (best) |" in text and "| same (≈ best) |" in text and "| worse |" in text
+    assert "weak (best)" in shown(records, width=200)
+
+
+def test_secrets_stand_beside_memory() -> None:
+    kept = [r.model_copy(update={"secret_bytes": 12_800}) for r in RECORDS]
+    assert "| +4.2 % | 12.8k bytes |" in markdown(kept)
+    assert "12.8k" in shown(kept, width=200).partition("strongest attack on each key")[2]

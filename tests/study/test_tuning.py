@@ -142,7 +142,8 @@ def test_a_search_ends_goes_on_and_tries_nothing_twice(plugin: Path, tmp_path: P
     values = [trial.values[0] for trial in first.study.get_trials()]
     assert best.trial == values.index(max(values))
     assert best.searched[0] is not None and best.searched[0].mean == pytest.approx(max(values))
-    assert best.fresh[0] is not None and best.fresh[0].keys == 1 and best.fresh[0].interval is None
+    assert best.fresh[0] is not None and best.fresh[0].keys == 1
+    assert best.fresh[0].interval is not None and best.fresh[0].interval.method == "examples"
 
     tried = proportions(first)
     again = run(tmp_path)

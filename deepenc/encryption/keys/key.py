@@ -260,6 +260,20 @@ def seal(
                 f"a sealed key takes sites of at most {_MAX_CHANNELS} channels, {site.name!r} has {total}; "
                 "keep the secret instead"
             )
+    return lock(_content(key), passphrase, cost, recipients=recipients)
+
+
+def secret_bytes(key: Key) -> int:
+    """Bytes that an owner keeps for one release: what is sealed, without what is of fixed length.
+
+    Positions, order and sizes of the victim's own channels, and all that is withheld; not the digests, which
+    tell whose key it is, nor what the sealing adds.
+    """
+    fixed = replace(key, positions={}, arrangement=Arrangement(), withheld=b"")
+    return len(_content(key)) - len(_content(fixed))
+
+
+def _content(key: Key) -> bytes:
     content = {
         "ranks": {name: [len(key.positions[name]), f"{number:x}"] for name, number in key.ranks().items()},
         "sites": _sites_digest(key.sites),
@@ -269,8 +283,7 @@ def seal(
         "withheld": b64encode(key.withheld).decode(),
         "binding": key.binding.hex(),
     }
-    text = json.dumps(content, separators=(",", ":"))
-    return lock(text.encode(), passphrase, cost, recipients=recipients)
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 def unseal(

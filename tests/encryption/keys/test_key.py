@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from math import comb, log2
 
@@ -11,7 +12,7 @@ import torch
 from scipy.stats import chisquare
 
 from deepenc.encryption.keys.fingerprint import fingerprint
-from deepenc.encryption.keys.key import Key
+from deepenc.encryption.keys.key import Key, secret_bytes
 from deepenc.encryption.keys.secret import derive_positions, derive_rng, secret_of
 from deepenc.errors import ConfigError, SiteError
 from deepenc.network.sites import Role, Site, Slot
@@ -34,6 +35,14 @@ def test_entropy_of_sites_whose_combinations_exceed_any_float() -> None:
     wide = Site("w", 4096, SITES[0].slots)
     bits = Key((wide,), {"w": tuple(range(2048))}, "").entropy
     assert bits == pytest.approx(sum(np.log2((4096 + i) / i) for i in range(1, 2049)), rel=1e-12)
+
+
+def test_secret_bytes_are_what_is_sealed_but_for_what_is_fixed() -> None:
+    # "a":[2,"a"] and "b":[1,"1"], and a comma between them: ranks 10 and 1, in hexadecimal digits.
+    assert secret_bytes(KEY) == len('"a":[2,"a"],"b":[1,"1"]')
+    assert secret_bytes(replace(KEY, positions={})) == 0
+    assert secret_bytes(replace(KEY, withheld=b"x" * 3000)) == secret_bytes(KEY) + 4000, "as base64"
+    assert secret_bytes(replace(KEY, fingerprint="0" * 64, binding=b"b" * 32)) == secret_bytes(KEY)
 
 
 def test_ranks_are_integers_and_make_the_same_key() -> None:

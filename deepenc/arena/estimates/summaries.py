@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deepenc.arena.estimates import Estimate, bootstrap, wilson
+from deepenc.arena.estimates.estimate import Estimate, estimated
+from deepenc.arena.estimates.references import References, by_key, table
+from deepenc.arena.estimates.sampled import Scale
 from deepenc.arena.record import Cost, Detection, Record
 
 Group = tuple[str, str, str, str]
 """Victim, defense, threat, attack: what a line of a table is about."""
+
+Place = tuple[str, str, str]
+"""Victim, defense, threat."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class CellSummary:
         cost: None where no duel was fought to its end.
         memory: Mean measured ΔMem / Mem.
         key_bits: Mean entropy of the keys.
+        secret_bytes: Mean bytes that the owner keeps, see `Record`.
         removed: Whether the arena removed the most suspect channels itself.
         unreliable: Why the attack failed its self-test; None where it passed.
         diverged: How many duels ran into numbers that are not finite, and went back.
@@ -99,6 +105,7 @@ class CellSummary:
     memory: float | None
     key_bits: float | None
     removed: bool
+    secret_bytes: float | None = None
     unreliable: str | None = None
     diverged: int = 0
     measure: str = "accuracy"
@@ -130,50 +137,6 @@ class WorstSummary:
     advantage: Estimate | None
 
 
-def advantage(attack: float, scratch: float | None, original: float | None) -> float | None:
-    """What an attacker gained: 0 for no more than from scratch, 1 for the original; not clipped.
-
-    Returns:
-        None where a reference is missing, or the original is no better than training from scratch.
-
-    >>> advantage(0.7, 0.5, 0.9)
-    0.5
-    """
-    if scratch is None or original is None or original <= scratch:
-        return None
-    return round((attack - scratch) / (original - scratch), 12)
-
-
-class References:
-    """The two ends of the scale: the stolen original, and training from scratch.
-
-    The original is the floor attack on the null defense, scratch the scratch attack on it, for the same
-    victim, threat, key and repeat; where exactly that pair is missing, the mean of all that there are. Of
-    several reference attacks the best counts.
-    """
-
-    def __init__(self, records: Iterable[Record]) -> None:
-        self._found: dict[tuple[str, str, str], dict[tuple[int, int], float]] = defaultdict(dict)
-        for record in records:
-            if record.reference and not record.protected and record.score and record.state == "done":
-                known = self._found[record.reference, record.victim, record.threat]
-                index = (record.key, record.repeat)
-                known[index] = max(record.score.value, known.get(index, 0.0))
-
-    def rate(self, reference: Literal["floor", "scratch"], record: Record) -> float | None:
-        """Score of a reference to be set beside a record; None where it was not measured."""
-        known = self._found.get((reference, record.victim, record.threat), {})
-        if not known:
-            return None
-        return known.get((record.key, record.repeat), float(np.mean(list(known.values()))))
-
-    def advantage(self, record: Record) -> float | None:
-        """Advantage of a record; None where its score or a reference was not measured."""
-        if record.score is None or record.state != "done":
-            return None
-        return advantage(record.score.value, self.rate("scratch", record), self.rate("floor", record))
-
-
 def summarise(records: Sequence[Record]) -> list[CellSummary]:
     """One summary per victim, defense, threat and attack, in the order in which they first appear."""
     references = References(records)
@@ -197,11 +160,12 @@ def _summary(group: Group, records: list[Record], references: References) -> Cel
         states=dict(Counter(record.state for record in records)),
         reason=next((r.reason for r in records if r.state != "done"), None),
         score=_score(done),
-        advantage=_estimate(records, references.advantage),
+        advantage=references.advantages(records),
         detection=_detection(done),
         cost=_cost(records),
         memory=_mean(r.memory for r in records),
         key_bits=_mean(r.key_bits for r in records),
+        secret_bytes=_mean(r.secret_bytes for r in records),
         removed=any(r.removed for r in records),
         unreliable=next((r.unreliable for r in records if r.unreliable), None),
         diverged=sum(r.diverged for r in records),
@@ -217,27 +181,39 @@ def worst(records: Sequence[Record]) -> list[WorstSummary]:
     that some attack was not run on, where others met them all: they would look safer than they are.
     """
     references = References(records)
-    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    missing: Counter[Place] = Counter()
     for record in records:
-        if record.protected and record.reference != "scratch":
-            groups[record.victim, record.defense, record.threat].append(record)
+        missing[record.victim, record.defense, record.threat] += record.state != "done" and _counts(record)
     summaries = []
-    for (victim, defense, threat), members in groups.items():
-        strongest = _strongest(_complete(members))
-        score = _score(strongest)
-        if score is not None:
-            summaries.append(
-                WorstSummary(
-                    victim=victim,
-                    defense=defense,
-                    threat=threat,
-                    attacks=dict(Counter(r.attack for r in strongest)),
-                    missing=sum(r.state != "done" for r in members),
-                    score=score,
-                    advantage=_estimate(strongest, references.advantage),
-                )
+    for (victim, defense, threat), members in strongest(records).items():
+        score = _score(members)
+        assert score is not None
+        summaries.append(
+            WorstSummary(
+                victim=victim,
+                defense=defense,
+                threat=threat,
+                attacks=dict(Counter(r.attack for r in members)),
+                missing=missing[victim, defense, threat],
+                score=score,
+                advantage=references.advantages(members),
             )
+        )
     return summaries
+
+
+def strongest(records: Iterable[Record]) -> dict[Place, list[Record]]:
+    """The strongest attack's record on each key, as `worst` counts them, by victim, defense and threat."""
+    groups: dict[Place, list[Record]] = defaultdict(list)
+    for record in records:
+        if _counts(record):
+            groups[record.victim, record.defense, record.threat].append(record)
+    found = {place: _strongest(_complete(members)) for place, members in groups.items()}
+    return {place: members for place, members in found.items() if members}
+
+
+def _counts(record: Record) -> bool:
+    return record.protected and record.reference != "scratch"
 
 
 def _complete(records: Sequence[Record]) -> list[Record]:
@@ -259,37 +235,17 @@ def _strongest(records: Iterable[Record]) -> list[Record]:
     return list(best.values())
 
 
-def _estimate(records: Iterable[Record], measure: Callable[[Record], float | None]) -> Estimate | None:
-    """Mean over keys of the mean over repeats, with the bootstrap over keys."""
-    by_key: dict[int, list[float]] = defaultdict(list)
-    for record in records:
-        value = measure(record)
-        if value is not None:
-            by_key[record.key].append(value)
-    if not by_key:
-        return None
-    means = {key: float(np.mean(values)) for key, values in by_key.items()}
-    return Estimate(
-        mean=float(np.mean(list(means.values()))),
-        least=min(means.values()),
-        most=max(means.values()),
-        worst_key=max(means, key=lambda key: means[key]),
-        keys=len(means),
-        interval=bootstrap(list(means.values())),
-    )
-
-
 def _score(records: Sequence[Record]) -> Estimate | None:
-    """Where all keys agree (or there is one), the judge's images are what was sampled: Wilson's interval."""
-    judged = [(r, r.score) for r in records if r.score is not None]
-    estimate = _estimate([r for r, _ in judged], lambda r: r.score.value if r.score else None)
-    if estimate is None:
-        return None
-    interval = estimate.interval
-    if estimate.least == estimate.most:
-        examples = min(score.examples for _, score in judged)
-        interval = wilson(round(estimate.mean * examples), examples)
-    return Estimate(estimate.mean, estimate.least, estimate.most, estimate.worst_key, estimate.keys, interval)
+    values, members = by_key(records, lambda r: r.score.value if r.score else None)
+    examples = [r.score.examples for r in records if r.score]
+    return estimated(values, table=table(members), examples=min(examples, default=None))
+
+
+def _over_keys(
+    records: Iterable[Record], measure: Callable[[Record], float | None], scale: Scale = "share"
+) -> Estimate | None:
+    """Of a measure that is one number a key, and no mean over examples."""
+    return estimated(by_key(records, measure)[0], scale)
 
 
 def _further(records: Sequence[Record]) -> dict[str, Estimate]:
@@ -300,15 +256,16 @@ def _further(records: Sequence[Record]) -> dict[str, Estimate]:
         def measure(record: Record, name: str = name) -> float | None:
             return record.score.further.get(name) if record.score else None
 
-        means[name] = _estimate(records, measure)
+        shares = all(0 <= (measure(record) or 0) <= 1 for record in records)
+        means[name] = _over_keys(records, measure, "share" if shares else "free")
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _detection(records: Sequence[Record]) -> DetectionSummary | None:
     found = [r for r in records if r.detection is not None]
 
-    def over(measure: Callable[[Any], float]) -> Estimate:
-        estimate = _estimate(found, lambda record: measure(record.detection))
+    def over(measure: Callable[[Any], float], scale: Scale = "share") -> Estimate:
+        estimate = _over_keys(found, lambda record: measure(record.detection), scale)
         assert estimate is not None
         return estimate
 
@@ -319,8 +276,8 @@ def _detection(records: Sequence[Record]) -> DetectionSummary | None:
         average_precision=over(lambda d: d.average_precision),
         tpr=over(lambda d: d.tpr),
         exact=over(lambda d: d.exact_sites / d.sites),
-        bits_left=over(lambda d: d.bits_left),
-        bits=over(lambda d: d.bits).mean,
+        bits_left=over(lambda d: d.bits_left, "free"),
+        bits=over(lambda d: d.bits, "free").mean,
         layers=per_layer([r.detection for r in found if r.detection]),
     )
 

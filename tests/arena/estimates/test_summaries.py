@@ -2,12 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 
-from deepenc.arena.estimates import bootstrap, wilson
+from deepenc.arena.estimates.estimate import wilson
+from deepenc.arena.estimates.references import References, advantage
+from deepenc.arena.estimates.summaries import Layers, per_layer, summarise, worst
 from deepenc.arena.record import Cost, Detection, Record, Score
-from deepenc.arena.stats import Layers, References, advantage, per_layer, summarise, worst
 
 
 def record(defense, attack, correct, key=0, repeat=0, *, reference=None, state="done", threat="t", **more):
@@ -41,26 +41,7 @@ def test_wilson_against_the_formula(k, n):
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     found = wilson(k, n)
     assert (found.low, found.high) == pytest.approx((centre - half, centre + half), abs=1e-9)
-    assert found.unit == "images"
-
-
-def test_bootstrap_needs_two_keys():
-    assert bootstrap([0.5]) is None
-    assert bootstrap([]) is None
-
-
-def test_bootstrap_of_two_keys_spans_them():
-    """Of two values a quarter of the resamples is each end: 2.5 % and 97.5 % lie there."""
-    found = bootstrap([0.0, 1.0])
-    assert (found.low, found.high, found.unit) == (0.0, 1.0, "keys")
-
-
-def test_bootstrap_of_many_keys_is_near_the_normal_interval():
-    values = np.random.default_rng(1).normal(0, 1, 400)
-    half = 1.96 * values.std() / 20
-    found = bootstrap(list(values))
-    assert found.low == pytest.approx(values.mean() - half, abs=0.03)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.03)
+    assert found.method == "examples"
 
 
 @pytest.mark.parametrize(
@@ -106,12 +87,12 @@ def test_only_the_null_defense_gives_references():
     assert References([stray]).rate("floor", record("d", "a", 1, 0)) is None
 
 
-def test_accuracy_over_keys_is_bootstrapped_and_its_worst_key_named():
+def test_accuracy_of_records_without_outcomes_is_over_keys_and_its_worst_key_named():
     records = [record("d", "a", c, k) for k, c in enumerate((10, 90, 50))]
     (found,) = summarise(records)
     estimate = found.score
     assert (estimate.mean, estimate.least, estimate.most) == (0.5, 0.1, 0.9)
-    assert (estimate.worst_key, estimate.keys, estimate.interval.unit) == (1, 3, "keys")
+    assert (estimate.worst_key, estimate.keys, estimate.interval.method) == (1, 3, "keys")
 
 
 def test_repeats_do_not_count_as_keys():

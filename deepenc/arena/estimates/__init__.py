@@ -1,0 +1,1 @@
+"""Means over keys and examples, and how far they can be trusted."""
