@@ -220,7 +220,7 @@ def build_case(
         meter=meter,
         blank=blank,
         public=None if public is None else meter.watch(_plain_copy(public, device)),
-        oracle=Oracle(victim.model, device, meter) if threat.oracle else None,
+        oracle=Oracle(victim.model, victim.task, device, meter) if threat.oracle else None,
         releases=tuple(
             _release(other, threat, device, meter)
             for other in encryption.releases(threat.releases, threat.drift)
