@@ -18,7 +18,7 @@ from deepenc.arena.plan import Duel
 from deepenc.arena.provenance import Clock
 from deepenc.arena.record import Cost, Detection, Record, Score
 from deepenc.arena.threat import Meter, Threat, close
-from deepenc.errors import ClaimError, OutOfBudget, explain
+from deepenc.errors import ClaimError, ConfigError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.processes.residue import Surroundings
 from deepenc.seeds import derive, isolated, number
@@ -50,8 +50,11 @@ def _begun(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
     meter: Meter | None = None
     known: dict[str, Any] = {}
     try:
-        with isolated(number(derive(duel.secret, "global generators")), duel.device):
-            encrypted = encryption()
+        try:
+            with isolated(number(derive(duel.secret, "global generators")), duel.device):
+                encrypted = encryption()
+        except ConfigError as error:  # the defense cannot be made of this victim, and says why
+            return duel.record(state="unsupported", reason=f"defense {cell.defense.name!r}: {error}")
         known = {"memory": encrypted.memory, "key_bits": float(encrypted.key.entropy)}
         if lacking := _lacking(cell.entry.attack, threat, encrypted.subject.victim):
             return duel.record(state="unsupported", reason=lacking, **known)
