@@ -132,6 +132,8 @@ class Record(_Part):
         removed: Whether the network that was judged was made by the arena, by that removal.
         detection: How good the claimed scores are.
         cost: What the attack spent.
+        held: What the attacker's examples amount to in units of the task that are no examples, such as
+            ``{"tokens": 6400}``.
         memory: Measured ΔMem / Mem of the defense.
         key_bits: Entropy of the key.
         diverged: Whether an optimisation of the attack ran into numbers that are not finite; what it claimed
@@ -156,6 +158,7 @@ class Record(_Part):
     removed: bool = False
     detection: Detection | None = None
     cost: Cost | None = None
+    held: dict[str, Count] = {}
     memory: float | None = None
     key_bits: float | None = None
     diverged: bool = False

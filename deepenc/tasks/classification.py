@@ -82,7 +82,7 @@ class Classification(Task):
 
     def uninformative(self, targets: Any) -> str | None:
         """See `Task.uninformative`."""
-        return "all are of one class" if len(targets.unique()) < 2 else None
+        return "are of one class" if len(targets.unique()) < 2 else None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""

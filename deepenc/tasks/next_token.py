@@ -134,7 +134,7 @@ class NextToken(Task):
     def uninformative(self, targets: Any) -> str | None:
         """See `Task.uninformative`."""
         held = targets if self.shifted else targets[:, 1:]
-        return "all tokens are the same" if len(held[held != self.padding].unique()) < 2 else None
+        return "are of one token" if len(held[held != self.padding].unique()) < 2 else None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with a logit for each token; where it is tied, the embedding is trained with it."""

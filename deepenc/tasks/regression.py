@@ -92,7 +92,7 @@ class Regression(Task):
     def uninformative(self, targets: Any) -> str | None:
         """See `Task.uninformative`."""
         rows = _rows(targets)
-        return "all targets are equal" if bool((rows == rows[:1]).all()) else None
+        return "have the same target" if bool((rows == rows[:1]).all()) else None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with as many outputs."""

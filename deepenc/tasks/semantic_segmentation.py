@@ -103,7 +103,7 @@ class SemanticSegmentation(Task):
 
     def uninformative(self, targets: Any) -> str | None:
         """See `Task.uninformative`."""
-        return "all pixels are of one class" if len(targets[targets != self.ignore].unique()) < 2 else None
+        return "are of one class at every pixel" if len(targets[targets != self.ignore].unique()) < 2 else None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with a logit for each class, but for those of auxiliary outputs."""

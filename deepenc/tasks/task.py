@@ -129,10 +129,10 @@ class Task(Plugin):
         return None
 
     def uninformative(self, targets: Any) -> str | None:
-        """Why one answer to every example would be right of these targets, in words; None where it is not.
+        """What all of some examples are or have, so that one answer fits every one, in words; None of others.
 
         Args:
-            targets: Of all examples that are judged; they fit the task.
+            targets: Of a batch; they fit the task.
         """
         return None
 

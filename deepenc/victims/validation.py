@@ -27,7 +27,7 @@ CHUNK = 256
 TRIED = 100
 """Examples that the network is tried on."""
 ENOUGH = 20
-"""Examples of which not all can be of one class by accident."""
+"""Examples of which not all can have the same target by accident."""
 
 
 def validated(victim: object) -> Victim:
@@ -117,18 +117,12 @@ def _check_answers(who: str, victim: Victim) -> None:
     some = judge[_chosen(len(judge))]
     outputs, targets = _outputs(who, "judge", victim, task, some), some.targets
     whole = judge.targets if judge.stored else targets
-    if 1 < len(judge) == trees.size(whole) and (same := task.uninformative(whole)):
+    if ENOUGH <= trees.size(whole) and (same := task.uninformative(whole)):
         raise VictimError(
-            f"{who}: the judge's targets: {same}, so that one answer to every example is right; give the "
-            "judge examples that differ"
+            f"{who}: all of {trees.size(whole)} of the judge's examples {same}, so that every answer is right or "
+            "wrong alike; give data of all kinds, and see whether they are shuffled"
         )
     if victim.trained and "labels" in task.offers:
-        labels = task.labels(targets)
-        if len(labels) >= ENOUGH and len(torch.unique(labels)) == 1:
-            raise VictimError(
-                f"{who}: all of {len(labels)} of the judge's examples are of one class, so that every answer "
-                "is right or wrong alike; give data of all classes, and see whether they are shuffled"
-            )
         right = task.worth(task.outcomes(outputs, targets)).value
         _warn_of_chance(who, round(right * len(some)), task.labels(targets))
 

@@ -20,7 +20,7 @@ from deepenc.arena.record import Record
 from deepenc.arena.threat import Threat
 from deepenc.plugins import get, names
 from deepenc.victims.validation import validated
-from tests.stories.tiny_victims import VICTIMS
+from tests.stories.tiny_victims import LENGTH, VICTIMS
 
 HELD = 24
 """Examples of each kind that the attacker holds, or as many as the attack needs."""
@@ -74,6 +74,14 @@ def test_it_ends_in_order(attack: Attack, task: str) -> None:
         return
     assert record.score is not None or record.detection is not None
     assert record.score is None or record.score.measure == encryption(task).subject.victim.task.measure
+
+
+def test_a_thief_s_data_are_counted_in_tokens_where_there_are_any() -> None:
+    null = get("attack", "null")()
+    assert fought(null, "classification").held == {}
+    # Twice 24 rows of 6 tokens; of texts, the tokens that their masks let through.
+    assert fought(null, "next-token").held == {"tokens": 2 * HELD * LENGTH}
+    assert HELD * 4 <= fought(null, "text-classification").held["tokens"] < 2 * HELD * LENGTH
 
 
 def test_every_task_has_a_tiny_victim() -> None:
