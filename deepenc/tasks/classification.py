@@ -168,6 +168,10 @@ class MultiLabel(Task):
             return f"expected 0 or 1 for each of {self.classes} classes, got {trees.described(targets)}"
         return None if bool(((targets == 0) | (targets == 1)).all()) else "expected 0 or 1 for each class"
 
+    def uninformative(self, targets: Any) -> str | None:
+        """See `Task.uninformative`."""
+        return "all are of the same classes" if bool((targets == targets[:1]).all()) else None
+
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""
         path = last_layer(network, self.classes)
