@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from deepenc import trees
 from deepenc.analysis.following import Run
 from deepenc.analysis.renormalising import renormalised
 from deepenc.arena.case import Case, Claim
@@ -51,7 +52,7 @@ class Renormalise(TrainedAttack):
         count = self.images if left is None else min(self.images, left // 2 - 1)
         if count > 0:
             inputs = joined([case.unlabelled, case.labelled])[:count].inputs
-            paths = Run.of(network, inputs[:1]).unnormalised()
+            paths = Run.of(network, trees.take(inputs, slice(1))).unnormalised()
             with renormalised(network, paths, inputs, self.largest):
                 return train(case, network, recipe)
         return Claim(network=network)

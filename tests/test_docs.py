@@ -118,6 +118,7 @@ def test_the_page_on_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("docs/defenses.md", "hardenings"),
         ("docs/defenses.md", "defenses"),
         ("docs/own_network.md", "batteries"),
+        ("docs/tasks.md", "tasks"),
     ],
 )
 def test_the_tables_of_plugins_are_those_of_the_registry(page: str, what: str, tmp_path: Path) -> None:
@@ -205,3 +206,20 @@ def test_every_configuration_can_be_planned(config: Path) -> None:
         return
     cells = plan(load(config))
     assert cells and any(cell.defense.protects for cell in cells)
+
+
+def test_the_task_of_the_tasks_page_is_judged(tmp_path: Path) -> None:
+    from deepenc.plugins import load_file
+
+    task, script = blocks("docs/tasks.md", "python")
+    (tmp_path / "counting.py").write_text(task, encoding="utf-8")
+    assert [plugin.name for plugin in load_file(tmp_path / "counting.py")] == ["counting"]
+    (tmp_path / "ask.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "ask.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    clean = [row for row in rows if row[1:3] == ["null", "null"]]
+    hurt = [row for row in rows if row[1:3] == ["paper-samp", "null"]]
+    assert len(clean) == 2 and all(row[3:] == ["exact", "counts", "1.000000"] for row in clean)
+    assert len(hurt) == 2 and all(float(row[-1]) < 0.9 for row in hurt)

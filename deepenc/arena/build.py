@@ -220,7 +220,7 @@ def build_case(
         meter=meter,
         blank=blank,
         public=None if public is None else meter.watch(_plain_copy(public, device)),
-        oracle=Oracle(victim.model, device, meter) if threat.oracle else None,
+        oracle=Oracle(victim.model, victim.task, device, meter) if threat.oracle else None,
         releases=tuple(
             _release(other, threat, device, meter)
             for other in encryption.releases(threat.releases, threat.drift)
@@ -280,13 +280,26 @@ def _leak(positions: Mapping[str, tuple[int, ...]], fraction: float, seed: int) 
     return {name: tuple(sorted(leaked[name])) for name in positions if name in leaked}
 
 
+def _begin(module: nn.Module) -> None:
+    """Initialise the own parameters of a layer that cannot do so itself."""
+    # Libraries have normalisations of their own, which only their names tell (LlamaRMSNorm, T5LayerNorm).
+    norm = "Norm" in type(module).__name__
+    for name, parameter in module.named_parameters(recurse=False):
+        if norm and parameter.ndim == 1:
+            nn.init.constant_(parameter, float(name == "weight"))
+        else:
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+
+
 class Blank:
     """Makes freshly initialised networks of the victim's architecture.
 
-    Layers initialise themselves (``reset_parameters``); parameters that belong to no such layer (class
-    tokens, position embeddings) are drawn from a normal distribution of deviation 0.02, truncated at 2
-    deviations. Buffers that nobody resets are constants of the architecture and are copied, except where
-    they carry confusion channels: their order would tell the key, so that scales become 1, the rest 0.
+    Layers initialise themselves (``reset_parameters``), a parameter that several share as the last of them
+    does; normalisations that cannot start with factors of 1 and offsets of 0. Parameters that belong to no
+    such layer (class tokens, position embeddings) are drawn from a normal distribution of deviation 0.02,
+    truncated at 2 deviations. Buffers that nobody resets are constants of the architecture and are copied,
+    except where they carry confusion channels: their order would tell the key, so that scales become 1, the
+    rest 0.
 
     Args:
         model: The victim's network, as it is trained; only its structure is kept.
@@ -324,13 +337,17 @@ class Blank:
 
     def _initialise(self, network: nn.Module) -> None:
         # Inner layers first: an outer one that resets its inner ones (attention) has the last word.
+        done: set[nn.Parameter] = set()
         for path, module in reversed(list(network.named_modules())):
+            own = set(module.parameters(recurse=False))
+            if own and own <= done:  # an embedding whose weights are the head's
+                continue
+            done |= own
             reset = resetting(module)
             if reset is not None:
                 reset()
                 continue
-            for parameter in module.parameters(recurse=False):
-                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+            _begin(module)
             for name, buffer in module.named_buffers(path, recurse=False):
                 if name in self._constants:
                     buffer.copy_(self._constants[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from deepenc.arena.provenance import Clock
 from deepenc.arena.record import Cost, Detection, Record, Score
 from deepenc.arena.threat import Meter, Threat, close
 from deepenc.encryption.keys.key import secret_bytes
-from deepenc.errors import ClaimError, OutOfBudget, explain
+from deepenc.errors import ClaimError, ConfigError, OutOfBudget, explain
 from deepenc.network.surgery import Layout, narrow_sites, remove
 from deepenc.processes.residue import Surroundings
 from deepenc.seeds import derive, isolated, number
 from deepenc.victims.victim import Victim
 
 log = logging.getLogger(__name__)
+
+UNITS = 256
+"""Examples that are counted at a time."""
 
 
 def run_duel(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
@@ -51,8 +55,11 @@ def _begun(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
     meter: Meter | None = None
     known: dict[str, Any] = {}
     try:
-        with isolated(number(derive(duel.secret, "global generators")), duel.device):
-            encrypted = encryption()
+        try:
+            with isolated(number(derive(duel.secret, "global generators")), duel.device):
+                encrypted = encryption()
+        except ConfigError as error:  # the defense cannot be made of this victim, and says why
+            return duel.record(state="unsupported", reason=f"defense {cell.defense.name!r}: {error}")
         key = encrypted.key
         known = {
             "memory": encrypted.memory,
@@ -64,6 +71,7 @@ def _begun(duel: Duel, encryption: Callable[[], Encryption]) -> Record:
         with isolated(duel.seed, duel.device):
             case = build_case(encrypted, threat, duel.seed, duel.leak_seed, torch.device(duel.device))
             meter = case.meter
+            known |= {"held": _held(case)}
             if pointless := cell.entry.attack.pointless(case):
                 return duel.record(state="unsupported", reason=pointless, **known)
             claim = run_attack(cell.entry.attack, case, label)
@@ -182,6 +190,15 @@ def _lacking(attack: Attack, threat: Threat, victim: Victim) -> str | None:
         f"unlabelled examples, together {wanted}; the attacker's part of {victim.name!r} has {held}: ask for "
         "fewer"
     )
+
+
+def _held(case: Case) -> dict[str, int]:
+    """The attacker's examples in the task's own unit, where it has one."""
+    task = case.task
+    if task.unit == "examples":
+        return {}
+    batches = itertools.chain(case.labelled.batches(UNITS), case.unlabelled.batches(UNITS))
+    return {task.unit: sum(task.units(inputs) for inputs, _ in batches)}
 
 
 def _cost(meter: Meter | None) -> Cost:

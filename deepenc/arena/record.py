@@ -132,6 +132,8 @@ class Record(_Part):
         removed: Whether the network that was judged was made by the arena, by that removal.
         detection: How good the claimed scores are.
         cost: What the attack spent.
+        held: What the attacker's examples amount to in units of the task that are no examples, such as
+            ``{"tokens": 6400}``.
         memory: Measured ΔMem / Mem of the defense.
         key_bits: Entropy of the key.
         secret_bytes: What the owner keeps: the key's content without its fixed part, in bytes, all that is
@@ -158,6 +160,7 @@ class Record(_Part):
     removed: bool = False
     detection: Detection | None = None
     cost: Cost | None = None
+    held: dict[str, Count] = {}
     memory: float | None = None
     key_bits: float | None = None
     secret_bytes: Count | None = None

@@ -34,6 +34,10 @@ class Classification(Task):
     classes: int | None = Field(None, ge=2)
     """Number of classes; default: as many as the network has outputs."""
 
+    def run(self, network: nn.Module, inputs: Any) -> Any:
+        """The outputs themselves, or what a network of transformers calls its logits."""
+        return self.logits(super().run(network, inputs))
+
     def loss(
         self,
         network: nn.Module,
@@ -44,7 +48,7 @@ class Classification(Task):
         temperature: float = 1.0,
     ) -> Tensor:
         """Cross-entropy; targets are classes ``(examples,)`` or probabilities ``(examples, classes)``."""
-        logits = self.logits(self.run(network, inputs))
+        logits = self.run(network, inputs)
         return F.cross_entropy(
             logits if temperature == 1 else logits / temperature, targets, label_smoothing=smoothing
         )
@@ -64,18 +68,21 @@ class Classification(Task):
 
     def complaint(self, outputs: Any, inputs: Any) -> str | None:
         """See `Task.complaint`."""
-        return _no_logits(getattr(outputs, "logits", outputs), (trees.size(inputs), self.classes))
+        return _no_logits(outputs, (trees.size(inputs), self.classes))
 
     def fitted(self, outputs: Any) -> Self:
         """With the number of classes."""
-        logits = getattr(outputs, "logits", outputs)
-        if self.classes is not None or not isinstance(logits, Tensor) or logits.ndim != 2:
+        if self.classes is not None or not isinstance(outputs, Tensor) or outputs.ndim != 2:
             return self
-        return self.model_copy(update={"classes": logits.shape[1]})
+        return self.model_copy(update={"classes": outputs.shape[1]})
 
     def misfit(self, targets: Any) -> str | None:
         """See `Task.misfit`."""
         return _no_classes(targets, self.classes, ndim=1)
+
+    def uninformative(self, targets: Any) -> str | None:
+        """See `Task.uninformative`."""
+        return "are of one class" if len(targets.unique()) < 2 else None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""
@@ -161,6 +168,10 @@ class MultiLabel(Task):
             return f"expected 0 or 1 for each of {self.classes} classes, got {trees.described(targets)}"
         return None if bool(((targets == 0) | (targets == 1)).all()) else "expected 0 or 1 for each class"
 
+    def uninformative(self, targets: Any) -> str | None:
+        """See `Task.uninformative`."""
+        return "all are of the same classes" if bool((targets == targets[:1]).all()) else None
+
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""
         path = last_layer(network, self.classes)
@@ -171,14 +182,21 @@ class MultiLabel(Task):
         return (outputs.float() / temperature).sigmoid()
 
 
-def last_layer(network: nn.Module, outputs: int | None) -> str | None:
-    """Path of the last linear or convolutional layer with so many outputs."""
+def last_layer(network: nn.Module, outputs: int | None, *, auxiliary: bool = True) -> str | None:
+    """Path of the last linear or convolutional layer with so many outputs.
+
+    Args:
+        network: The network.
+        outputs: How many.
+        auxiliary: Whether a layer counts that lies in a part whose name begins with "aux".
+    """
     return next(
         (
             path
             for path, module in reversed(list(network.named_modules()))
             if isinstance(module, nn.Linear | _ConvNd)
             and outputs in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
+            and (auxiliary or not path.startswith("aux"))
         ),
         None,
     )

@@ -43,16 +43,22 @@ class Task(Plugin):
         measure: Name of the primary measure.
         offers: What attacks and defenses may ask of the task.
         augments: Whether an image may be mirrored, moved and cropped without a change of its target.
+        unit: What data are counted in, besides examples.
     """
 
     kind: ClassVar[str] = "task"
     measure: ClassVar[str]
     offers: ClassVar[frozenset[Offer]] = frozenset()
     augments: ClassVar[bool] = False
+    unit: ClassVar[str] = "examples"
 
     def run(self, network: nn.Module, inputs: Any) -> Any:
         """The network's outputs for a batch of inputs."""
         return call(network, inputs)
+
+    def units(self, inputs: Any) -> int:
+        """How many of its `unit` a batch holds; default: its examples."""
+        return trees.size(inputs)
 
     def collate(self, items: Sequence[Any]) -> tuple[Any, Any]:
         """Make a batch of items ``(input, target)``: inputs and targets.
@@ -120,6 +126,14 @@ class Task(Plugin):
 
     def misfit(self, targets: Any) -> str | None:
         """What is wrong with the targets of a batch, in words; None where they fit the task."""
+        return None
+
+    def uninformative(self, targets: Any) -> str | None:
+        """What all of some examples are or have, so that one answer fits every one, in words; None of others.
+
+        Args:
+            targets: Of a batch; they fit the task.
+        """
         return None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Sampler
@@ -105,11 +105,16 @@ class Learner(LightningModule):
         self._kept: list[Tensor] = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with a cosine, one group for each factor of the learning rate."""
+        """The recipe's optimiser with a cosine, one group for each factor of the learning rate."""
         plan, recipe = self.plan, self.plan.recipe
         factors = sorted(set(plan.factors.values()), reverse=True)
         groups = [{"params": [p for p, own in plan.factors.items() if own == f], "lr": f} for f in factors]
-        optimizer = SGD(groups, lr=1.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        decay = recipe.weight_decay
+        optimizer: Optimizer
+        if recipe.optimizer == "adamw":
+            optimizer = AdamW(groups, lr=1.0, betas=(recipe.momentum, 0.999), weight_decay=decay)
+        else:
+            optimizer = SGD(groups, lr=1.0, momentum=recipe.momentum, weight_decay=decay)
         schedule = LambdaLR(optimizer, lambda step: recipe.rate(step, plan.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from torch import nn
 
@@ -14,17 +14,19 @@ from deepenc.tasks.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Stochastic gradient descent with momentum and a cosine from one learning rate to another.
+    """Gradient descent with a cosine from one learning rate to another.
 
-    The defaults are the paper's fine-tuning (Table 5).
+    The defaults are the paper's fine-tuning (Table 5): stochastic gradient descent with momentum.
 
     Attributes:
+        optimizer: SGD, or AdamW (Loshchilov and Hutter 2019), which transformers are trained with; its
+            learning rates are about 100 times smaller.
         epochs: Passes over the images; not used where ``steps`` is given.
         steps: Optimiser steps.
         lr: First learning rate.
         final_lr: Last learning rate.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        momentum: Of SGD; of AdamW the first β, the second being 0.999.
+        weight_decay: Of SGD, in the gradient; of AdamW, decoupled from it.
         batch_size: Images per step; fewer where there are fewer.
         shift: Images are moved at random by up to this fraction of their size, the border filled with the
             image's own edge; 0 leaves them as they are.
@@ -38,6 +40,7 @@ class Recipe:
             as fast on processors that know the format.
     """
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: int = 15
     steps: int | None = None
     lr: float = 0.1

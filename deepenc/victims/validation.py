@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from deepenc import trees
 from deepenc.errors import VictimError
 from deepenc.network.guard import first_line
-from deepenc.tasks.examples import Examples
+from deepenc.tasks.examples import Batch, Examples
 from deepenc.tasks.task import Task
 from deepenc.victims.data.splits import shared
 from deepenc.victims.victim import Victim
@@ -26,7 +27,7 @@ CHUNK = 256
 TRIED = 100
 """Examples that the network is tried on."""
 ENOUGH = 20
-"""Examples of which not all can be of one class by accident."""
+"""Examples of which not all can have the same target by accident."""
 
 
 def validated(victim: object) -> Victim:
@@ -39,7 +40,8 @@ def validated(victim: object) -> Victim:
 
     Raises:
         VictimError: A part is empty, or shares images with another one, or has inputs that are not finite, or
-            targets that do not fit the task; or the network does not run, or not as the task expects.
+            targets that do not fit the task; or the same answer is right for all of the judge's examples; or
+            the network does not run, or not as the task expects.
     """
     if not isinstance(victim, Victim):
         raise VictimError(f"expected a Victim from the source's `load`, got {type(victim).__name__}")
@@ -48,68 +50,81 @@ def validated(victim: object) -> Victim:
         raise VictimError(f"{who}: expected a Task as `task`, got {type(victim.task).__name__}")
     parts = {"defender": victim.defender, "attacker": victim.attacker, "judge": victim.judge}
     for role, examples in parts.items():
+        _check_inputs(f"{who}: the {role}'s", examples)
+    victim = _running(who, victim)
+    for role, examples in parts.items():
         # The examples of a network that is yet to be trained may be of another task, with its targets.
-        _check_examples(f"{who}: the {role}'s", examples, victim.task if _judged(victim, role) else None)
+        if victim.trained or role != "defender":
+            _check_targets(f"{who}: the {role}'s", examples, victim.task)
     for (one, first), (other, second) in itertools.combinations(parts.items(), 2):
         if count := shared(first, second):
             raise VictimError(
                 f"{who}: {count} of the {one}'s examples are the {other}'s, too; share them out so that no "
                 "example is in two parts, as `deepenc.victims.data.splits.split` does"
             )
-    return _checked_network(who, victim)
+    _check_answers(who, victim)
+    return victim
 
 
-def _judged(victim: Victim, role: str) -> bool:
-    return victim.trained or role != "defender"
-
-
-def _check_examples(whose: str, examples: object, task: Task | None) -> None:
+def _check_inputs(whose: str, examples: object) -> None:
     if not isinstance(examples, Examples):
         raise VictimError(f"{whose} part: expected Examples, got {type(examples).__name__}")
     if not len(examples):
-        raise VictimError(f"{whose} part: expected at least one example, got none")
-    # What is read when it is needed is tried on a sample: to read all of it may take hours.
-    some = examples if examples.stored else examples[_chosen(len(examples))]
-    for at, (inputs, targets) in enumerate(some.batches(CHUNK)):
-        if task is not None and (wrong := task.misfit(targets)):
-            raise VictimError(f"{whose} targets: {wrong}")
+        raise VictimError(f"{whose} part: expected at least one example, got none; add some")
+    for at, (inputs, _) in _tried(examples):
         for place, one in enumerate(trees.examples_of(inputs)):
             if not all(bool(t.isfinite().all()) for t in trees.tensors(one)):
                 raise VictimError(
-                    f"{whose} inputs: example {at * CHUNK + place} has values that are not finite; repair or "
-                    "remove it"
+                    f"{whose} inputs: example {at + place} has values that are not finite; repair or remove "
+                    "it"
                 )
+
+
+def _check_targets(whose: str, examples: Examples, task: Task) -> None:
+    for at, (_, targets) in _tried(examples):
+        if wrong := task.misfit(targets):
+            each = (trees.take(targets, slice(i, i + 1)) for i in range(trees.size(targets)))
+            place = next((i for i, target in enumerate(each) if task.misfit(target)), 0)
+            raise VictimError(f"{whose} targets: {wrong}; mend or remove them, first of example {at + place}")
+
+
+def _tried(examples: Examples) -> Iterator[tuple[int, Batch]]:
+    """Batches of the examples that are looked at, each with the number of its first."""
+    # What is read when it is needed is tried on a sample: to read all of it may take hours.
+    some = examples if examples.stored else examples[_chosen(len(examples))]
+    return ((at * CHUNK, batch) for at, batch in enumerate(some.batches(CHUNK)))
 
 
 def _chosen(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:TRIED]
 
 
-def _checked_network(who: str, victim: Victim) -> Victim:
+def _running(who: str, victim: Victim) -> Victim:
+    """The victim, once its network runs, with what its task was not told."""
     for name in ("model", "public", "plain"):
         network = getattr(victim, name)
         if not isinstance(network, nn.Module) and (name == "model" or network is not None):
             raise VictimError(f"{who}: expected a torch.nn.Module as `{name}`, got {type(network).__name__}")
     victim.model.eval()
     task = victim.task.fitted(_outputs(who, "defender", victim, victim.task, victim.defender[:1]))
-    if task is not victim.task:
-        victim = dataclasses.replace(victim, task=task)
     _outputs(who, "attacker", victim, task, victim.attacker[:1])
-    some = victim.judge[_chosen(len(victim.judge))]
-    outputs = _outputs(who, "judge", victim, task, some)
-    targets = some.targets
-    if wrong := task.misfit(targets):
-        raise VictimError(f"{who}: the judge's targets: {wrong}")
+    return victim if task is victim.task else dataclasses.replace(victim, task=task)
+
+
+def _check_answers(who: str, victim: Victim) -> None:
+    """Whether the judge's examples tell a good network from a bad one."""
+    task, judge = victim.task, victim.judge
+    some = judge[_chosen(len(judge))]
+    outputs, targets = _outputs(who, "judge", victim, task, some), some.targets
+    whole = judge.targets if judge.stored else targets
+    if trees.size(whole) >= ENOUGH and (same := task.uninformative(whole)):
+        raise VictimError(
+            f"{who}: all of {trees.size(whole)} of the judge's examples {same}, so that every answer is right or "
+            "wrong alike; give data of all kinds, and see whether they are shuffled"
+        )
     if victim.trained and "labels" in task.offers:
-        labels = task.labels(targets)
-        if len(labels) >= ENOUGH and len(torch.unique(labels)) == 1:
-            raise VictimError(
-                f"{who}: all of {len(labels)} of the judge's examples are of one class, so that every answer "
-                "is right or wrong alike; give data of all classes, and see whether they are shuffled"
-            )
         right = task.worth(task.outcomes(outputs, targets)).value
         _warn_of_chance(who, round(right * len(some)), task.labels(targets))
-    return victim
 
 
 def _outputs(who: str, role: str, victim: Victim, task: Task, some: Examples) -> Any:

@@ -274,7 +274,7 @@ def test_a_defense_that_writes_to_the_images_changes_nothing_for_others():
 def test_the_authorised_model_does_not_write_to_what_it_is_asked(encryption):
     subject = tiny_subject()
     writing = dataclasses.replace(subject.victim, model=Inverted(subject.victim.model))
-    oracle = AuthorisedModel(writing.model, CPU, Meter(Threat(name="t", oracle=99)))
+    oracle = AuthorisedModel(writing.model, writing.task, CPU, Meter(Threat(name="t", oracle=99)))
     asked = torch.ones(2, 3, 8, 8)
     oracle(asked)
     assert torch.equal(asked, torch.ones(2, 3, 8, 8))
@@ -351,6 +351,27 @@ def test_blank_fills_what_no_layer_resets():
     assert 0.01 < float(token.std()) < 0.03 and float(token.abs().max()) <= 0.04
     assert made.constant.tolist() == [3, 4]
     assert made.gain.tolist() == [1] * 8
+
+
+def test_blank_begins_norms_at_one_and_tied_weights_as_the_head():
+    class LibraryNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((64,), 7.0))
+            self.bias = nn.Parameter(torch.full((64,), 7.0))
+
+    from deepenc.arena.build import Blank
+    from deepenc.arena.threat import Meter
+
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(90, 64), "norm": LibraryNorm(), "head": nn.Linear(64, 90, bias=False)}
+    )
+    model["head"].weight = model["words"].weight
+    made = Blank(model, dict(model.named_parameters()), {}, Meter(FULL))(0)
+    assert made["norm"].weight.eq(1).all() and made["norm"].bias.eq(0).all()
+    assert made["head"].weight is made["words"].weight
+    # Linear draws from ±1/sqrt(64), Embedding would draw from a standard normal distribution.
+    assert 0.1 < float(made["head"].weight.detach().abs().max()) <= 0.125
 
 
 def test_a_case_carries_over_nothing_that_a_defense_left_behind(encryption):

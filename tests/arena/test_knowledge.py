@@ -17,6 +17,7 @@ from deepenc.arena.oracle import Oracle
 from deepenc.arena.threat import Meter, Threat
 from deepenc.errors import OutOfBudget
 from deepenc.network.surgery import narrow_sites
+from deepenc.tasks.classification import Classification
 
 CPU = torch.device("cpu")
 
@@ -104,7 +105,7 @@ def test_the_oracle_does_not_show_its_model(encryption):
 
 
 def test_an_oracle_that_nobody_holds_lets_go_of_its_model():
-    oracle = Oracle(nn.Linear(1, 1), CPU, Meter(Threat(name="t", oracle=1)))
+    oracle = Oracle(nn.Linear(1, 1), Classification(), CPU, Meter(Threat(name="t", oracle=1)))
     number = oracle._number
     assert number in oracle_module._authorised
     del oracle

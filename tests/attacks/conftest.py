@@ -173,7 +173,9 @@ def plant(trained: nn.Module) -> Plant:
             meter=meter,
             blank=blank if model.architecture else None,
             public=public,
-            oracle=Oracle(original, torch.device("cpu"), meter) if model.oracle else None,
+            oracle=Oracle(original, Classification(classes=4), torch.device("cpu"), meter)
+            if model.oracle
+            else None,
             releases=releases,
         )
         return Planted(case, original, chosen, toy_images(400, 2))

@@ -178,6 +178,21 @@ def test_label_smoothing():
     assert close(fitted, plain(dense(), images(), recipe, generator(1), loss))
 
 
+def test_adamw_is_torch_s_in_a_plain_loop():
+    network, other, examples = dense(), dense(), images(8)
+    recipe = Recipe(optimizer="adamw", steps=5, lr=0.01, final_lr=0.0, weight_decay=0.1, batch_size=8)
+    fit(network, Classification(), examples, recipe, generator())
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.999), weight_decay=0.1)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = recipe.rate(step, 5)
+        optimizer.zero_grad()
+        F.cross_entropy(other(examples.inputs), examples.targets).backward()
+        optimizer.step()
+    for own, wanted in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(own, wanted, atol=1e-6)
+    assert not torch.allclose(network[0].weight, dense()[0].weight, atol=1e-3)
+
+
 def test_probabilities_as_labels():
     data = images()
     soft = Examples(data.inputs, torch.rand(40, 2, generator=generator(3)).softmax(1))

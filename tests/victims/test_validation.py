@@ -61,6 +61,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a label too large": ({"judge": spoiled("targets", (5,), 3)}, "judge's targets: .* below 3, .* 0 to 3"),
     "a label below 0": ({"judge": spoiled("targets", (5,), -1)}, "judge's targets: expected classes from 0"),
     "the defender's label": ({"defender": spoiled("targets", (5,), 7)}, "defender's targets: .* got 0 to 7"),
+    "the first of them": ({"judge": spoiled("targets", (5,), 3)}, "remove them, first of example 5"),
+    "one class": ({"judge": Examples(images(40, 2).inputs, torch.ones(40).long())}, "all of 40 of the judge's examples are of one class"),
+    "not told how many": (
+        {"task": Classification(), "attacker": spoiled("targets", (39,), 3)},
+        "attacker's targets: .* below 3, .* first of example 39",
+    ),
     "targets of a kind": ({"judge": Examples(images(9, 2).inputs, torch.ones(9))}, r"got float32 \(9,\)"),
     "NaN": ({"judge": spoiled("inputs", (17, 1), torch.nan)}, "judge's inputs: example 17 has values that"),
     "infinite": ({"attacker": spoiled("inputs", (0, 0), torch.inf)}, "attacker's inputs: example 0 has"),

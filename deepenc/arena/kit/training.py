@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -59,6 +60,9 @@ class TrainedAttack(Attack):
     The defaults are the paper's (Table 5).
     """
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, or AdamW, for transformers; its `lr` is about 100 times
+    smaller."""
     epochs: int = Field(15, ge=1)
     """Passes over the images; not used where `steps` is given."""
     steps: int | None = Field(None, ge=1)
@@ -68,7 +72,7 @@ class TrainedAttack(Attack):
     final_lr: float = Field(1e-4, ge=0)
     """Last learning rate, reached along a cosine."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum."""
+    """Momentum of SGD, first β of AdamW."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay."""
     batch_size: int = Field(64, ge=2)

@@ -98,8 +98,10 @@ class ResponseReader:
         real = None if layout is None else self._real(layout)
         if real is not None:
             out = out.index_select(-1, real.to(out.device))
-        values = out.double().flatten(1) if out.ndim > 1 else out.double()[:, None]
-        return values.softmax(1) if self._measure == "probabilities" else values
+        out = out.double()
+        if self._measure == "probabilities":
+            out = self._task.logits(out).softmax(1).reshape(len(out), -1)
+        return out.flatten(1) if out.ndim > 1 else out[:, None]
 
     def _real(self, layout: Layout) -> Tensor | None:
         """The victim's channels among the inputs of its last Linear; none where all are."""

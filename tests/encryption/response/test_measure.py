@@ -14,6 +14,7 @@ from deepenc.encryption.response.objective import response_change
 from deepenc.errors import ConfigError
 from deepenc.network.sites import Site
 from deepenc.network.surgery import Layout
+from deepenc.tasks.next_token import NextToken
 from deepenc.victims.models import CifarResNet
 
 Net = tuple[nn.Module, Tensor, tuple[Site, ...]]
@@ -72,6 +73,13 @@ def test_response_by_layers(body: tuple[Body, Body, Tensor], measure: str, batch
     assert found.l2 == pytest.approx(squares.sqrt().mean().item(), rel=1e-5)
     assert found.squared == pytest.approx(squares.mean().item(), rel=1e-5)
     assert found.relative == pytest.approx(squares.sum().item() / clean.square().sum().item(), rel=1e-5)
+
+
+def test_probabilities_are_those_of_each_place() -> None:
+    logits = torch.randn(2, 3, 4, dtype=torch.float64)
+    reader = ResponseReader(nn.Identity().eval(), "probabilities", logits, NextToken())
+    wanted = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    assert torch.allclose(reader(nn.Identity().eval(), logits), wanted.flatten(1))
 
 
 def test_features_of_a_head_do_not_depend_on_it(body: tuple[Body, Body, Tensor]) -> None:
