@@ -1,0 +1,103 @@
+"""What a detector says of an image before it chooses among boxes: as many numbers for each, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepenc.errors import ConfigError
+from deepenc.network.calling import removed
+
+GRID = 4
+"""Maps are averaged over so many cells along each side; as many boxes lie along each side of an image."""
+WIDE = 1.5
+"""Width of those boxes, in cells."""
+RUN = 64
+"""Anchors of detectors without regions are averaged over so many runs."""
+
+
+class _Heard(Exception):  # noqa: N818
+    """All that is wanted was heard; the rest of the detector need not run."""
+
+
+def dense(network: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """What a detector says of images, ``(images, numbers)``.
+
+    Of one with regions: the scores and corrections of its anchors, averaged over cells, and the scores of
+    classes and corrections for a fixed grid of boxes in place of the regions that it would choose. Of one
+    without: the scores and corrections of its anchors, averaged over runs. What is behind the choice of boxes
+    (suppression, masks) has no gradient, or another number of values for each image.
+
+    Args:
+        network: A detector of torchvision's form, maybe inside another module, in eval mode.
+        images: Of one shape.
+
+    Raises:
+        ConfigError: It has neither ``rpn`` and ``roi_heads``, nor ``head``.
+    """
+    parts = {path: module for path, module in network.named_modules() if path}
+    regions, heads = _named(parts, "rpn.head"), _named(parts, "roi_heads")
+    heard: list[Tensor] = []
+    if regions is not None and heads is not None and hasattr(heads, "box_predictor"):
+        handles = [
+            regions.register_forward_hook(lambda _, __, out: heard.append(_pooled(out, len(images)))),
+            heads.register_forward_pre_hook(_with_grid, with_kwargs=True),
+            heads.box_predictor.register_forward_hook(_last(heard, len(images))),
+        ]
+    elif (only := _named(parts, "head")) is not None:
+        handles = [only.register_forward_hook(_last(heard, len(images)))]
+    else:
+        raise ConfigError(
+            f"{type(network).__name__} is no detector of torchvision's form: expected `rpn.head` and "
+            "`roi_heads`, or `head`; measure a layer, as `features:NAME`"
+        )
+    with removed(handles):
+        try:
+            network(list(images))
+        except _Heard:
+            pass
+    return torch.cat(heard, dim=1)
+
+
+def _named(parts: Mapping[str, nn.Module], path: str) -> Any:
+    """The module of a path, at the top or inside a wrapper."""
+    return next((m for own, m in parts.items() if own == path or own.endswith(f".{path}")), None)
+
+
+def _pooled(out: Any, images: int) -> Tensor:
+    """Maps of all levels, ``(images, channels, height, width)`` each, averaged over cells and side by side."""
+    maps = [level for part in out for level in part]
+    return torch.cat([F.adaptive_avg_pool2d(one, GRID).reshape(images, -1) for one in maps], dim=1)
+
+
+def _last(heard: list[Tensor], images: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that hears what is said of anchors or boxes, and ends the run."""
+
+    def hear(_: nn.Module, __: Any, out: Any) -> None:
+        for part in out.values() if isinstance(out, Mapping) else out:
+            if part.ndim == 3:  # (images, anchors, numbers)
+                part = F.adaptive_avg_pool1d(part.transpose(1, 2), RUN)
+            heard.append(part.reshape(images, -1))
+        raise _Heard
+
+    return hear
+
+
+def _with_grid(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give the heads a grid of boxes in place of the regions: ``(features, regions, sizes, ...)``."""
+    features, regions, sizes, *rest = args
+    boxes = [_grid(*size).to(own) for size, own in zip(sizes, regions, strict=True)]
+    return (features, boxes, sizes, *rest), kwargs
+
+
+def _grid(height: int, width: int) -> Tensor:
+    """Boxes around the centres of cells, ``(cells, 4)``, in pixels."""
+    centres = (torch.arange(GRID) + 0.5) / GRID
+    y, x = (part.flatten() for part in torch.meshgrid(centres, centres, indexing="ij"))
+    half = WIDE / GRID / 2
+    corners = torch.stack([x - half, y - half, x + half, y + half], dim=1).clamp(0, 1)
+    return corners * torch.tensor([width, height, width, height])
