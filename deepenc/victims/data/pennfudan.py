@@ -106,3 +106,12 @@ def _instances(path: Path) -> NDArray[np.uint8]:
     if ids.ndim != 2 or ids.dtype != np.uint8:
         raise VictimError(f"{path}: expected a mask of one 8-bit channel, got {ids.dtype} {ids.shape}")
     return ids
+
+
+def mirrored(item: Item) -> Item:
+    """An image with its targets, left to right."""
+    image, target = item
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
+    masks = {"masks": target["masks"].flip(-1)} if "masks" in target else {}
+    return image.flip(-1), target | {"boxes": boxes} | masks
