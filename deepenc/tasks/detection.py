@@ -255,7 +255,7 @@ def _shapes(of: Mapping[str, Tensor], masks: Tensor | None) -> tuple[Any, Any]:
     """Boxes as x, y, width, height, or masks; and their areas."""
     if masks is not None:
         binary = _array(masks)
-        return binary, binary.reshape(len(binary), -1).sum(axis=1).astype(np.float64)
+        return binary, binary.sum(axis=(1, 2)).astype(np.float64)
     corners = _array(of["boxes"]).astype(np.float64)
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     return boxes, boxes[:, 2] * boxes[:, 3]

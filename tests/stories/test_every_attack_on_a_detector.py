@@ -16,7 +16,8 @@ from torch import nn
 from deepenc.arena.build import Encryption, Subject
 from deepenc.arena.case import Attack
 from deepenc.arena.duel import run_duel
-from deepenc.arena.plan import Cell, Duel, Entry
+from deepenc.arena.entry import Entry
+from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import PluginError
@@ -32,7 +33,16 @@ from deepenc.victims.victim import Victim, VictimSource
 
 pytest.importorskip("faster_coco_eval")
 
-GENEROUS = {"key_fraction": 0.5, "public_checkpoint": True, "releases": 1, "oracle": 40, "trials": 4}
+GENEROUS = {
+    "labelled": 16,
+    "unlabelled": 16,
+    "key_fraction": 0.5,
+    "public_checkpoint": True,
+    "releases": 1,
+    "oracle": 40,
+    "trials": 10,
+}
+"""What an attack is given at least."""
 
 
 def detector(masks: bool) -> Victim:
@@ -99,8 +109,8 @@ def variants() -> Iterator[Any]:
 @pytest.mark.parametrize("attack", [*variants()])
 def test_an_attack_ends_well(attack: Attack, task: str) -> None:
     needs = attack.needs.given_by_threats()
-    images = {kind: max(16, needs[kind]) for kind in ("labelled", "unlabelled")}
-    threat = Threat(name="generous", **GENEROUS | images, steps=3, samples=5000)
+    given = {what: max(least, needs[what]) for what, least in GENEROUS.items()}
+    threat = Threat(name="generous", **given, steps=3, samples=5000)
     cell = Cell(Stub(), Defense.of("paper-samp"), Entry.model_validate(attack), threat, 0, 0)
     record = run_duel(Duel.of(cell, "told", Roots.of_seed(0), None, "cpu"), lambda: encryption(task))
     assert record.state in ("done", "unsupported", "out_of_budget"), record.reason

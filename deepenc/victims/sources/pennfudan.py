@@ -54,6 +54,9 @@ class PennFudanSource(VictimSource):
     weights: Path | None = Field(None)
     """torchvision's file of ImageNet weights of MobileNetV2; default: as ``mobilenet_v2-b0353104.pth`` in
     ``imagenet_sample/`` of the folder."""
+    scope: str = Field("backbone")
+    """Submodule in which sites are looked for: as the paper does, in the backbone. The heads can be followed,
+    too, but a proof with other weights needs some detections, which a trained detector may not make then."""
 
     @property
     def task(self) -> Detection:
@@ -84,7 +87,16 @@ class PennFudanSource(VictimSource):
         every = Examples.read(data, self.task.collate)
         defender, attacker, judge = parts = [every[torch.from_numpy(part)] for part in places]
         model = self._trained(cache, root, data, places[0].tolist(), [ids[i] for i in places[0]])
-        return Victim(self.label, model, self.task, defender, attacker, judge, fingerprint(model, *parts))
+        return Victim(
+            self.label,
+            model,
+            self.task,
+            defender,
+            attacker,
+            judge,
+            fingerprint(model, *parts),
+            scope=self.scope,
+        )
 
     def _trained(self, cache: Path, root: Path, data: PennFudan, own: list[int], ids: list[bytes]) -> nn.Module:
         model, trunk = self._fresh(root)
