@@ -62,7 +62,7 @@ class OracleGates(Attack):
         """Nothing can be asked: no images are held, and noise is no input."""
         if len(case.unlabelled) + len(case.labelled) or _takes_noise(case):
             return None
-        return "the attacker holds no inputs to ask about, and noise is none where inputs are no tensor of floats"
+        return "the attacker holds no inputs to ask about, and noise is none: inputs are no tensor of floats"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""

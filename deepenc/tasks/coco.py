@@ -36,7 +36,7 @@ class Objects:
     """Detections or real objects of one image.
 
     Attributes:
-        shapes: Boxes ``(objects, 4)`` as x, y, width, height in pixels, or masks ``(objects, height, width)``.
+        shapes: Boxes ``(objects, 4)``: x, y, width, height in pixels; or masks ``(objects, height, width)``.
         labels: Classes, ``(objects,)``.
         areas: In pixels, ``(objects,)``.
         scores: Of detections, ``(objects,)``; of real objects 1 for a crowd, else 0.
@@ -139,7 +139,8 @@ def _decoded(codes: Numbers) -> Numbers:
 
 def _places(areas: Numbers) -> Numbers:
     """Where areas lie to `SIZES`, as places in `AREAS`."""
-    return sum((areas >= size).astype(np.float64) + (areas > size) for size in SIZES) + np.zeros(len(areas))
+    reached = [(areas >= size).astype(np.float64) + (areas > size) for size in SIZES]
+    return np.asarray(sum(reached), dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,10 +160,10 @@ def _read(numbers: Numbers) -> _Table:
     detections, objects = int(numbers[0]), int(numbers[1])
     ends = np.cumsum([2, 3 * detections, 3 * objects])
     found, real, codes = np.split(numbers, ends)[1:]
-    rows = [part.reshape(-1, 3).copy() for part in (found, real)]
-    for part in rows:
+    first, second = (part.reshape(-1, 3).copy() for part in (found, real))
+    for part in (first, second):
         part[:, 2] = np.array(AREAS)[part[:, 2].astype(int)]
-    return _Table(*rows, _decoded(codes).reshape(detections, objects))
+    return _Table(first, second, _decoded(codes).reshape(detections, objects))
 
 
 def _annotations(tables: Sequence[_Table], real: bool) -> Iterator[dict[str, Any]]:
@@ -187,7 +188,7 @@ def _evaluator(tables: Sequence[_Table]) -> Any:
     package = api()
 
     class Told(package.COCOeval_faster):  # type: ignore[misc, name-defined]  # a class of an optional package
-        def computeIoU(self, imgId: int, catId: int) -> Numbers:  # noqa: N802, N803
+        def computeIoU(self, imgId: int, catId: int) -> Numbers:
             """See the evaluator."""
             most: int = self.params.maxDets[-1]
             return tables[imgId].pairs(catId)[:most]

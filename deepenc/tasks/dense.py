@@ -1,8 +1,9 @@
-"""What a detector says of an image before it chooses among boxes: as many numbers for each, with gradients."""
+"""What a detector says of an image before it chooses among boxes: always as many numbers, with gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ RUN = 64
 """Anchors of detectors without regions are averaged over so many runs."""
 
 
-class _Heard(Exception):  # noqa: N818
+class _Heard(Exception):
     """All that is wanted was heard; the rest of the detector need not run."""
 
 
@@ -56,10 +57,8 @@ def dense(network: nn.Module, images: Sequence[Tensor]) -> Tensor:
             "`roi_heads`, or `head`; measure a layer, as `features:NAME`"
         )
     with removed(handles):
-        try:
+        with suppress(_Heard):
             network(list(images))
-        except _Heard:
-            pass
     return torch.cat(heard, dim=1)
 
 
@@ -69,7 +68,7 @@ def _named(parts: Mapping[str, nn.Module], path: str) -> Any:
 
 
 def _pooled(out: Any, images: int) -> Tensor:
-    """Maps of all levels, ``(images, channels, height, width)`` each, averaged over cells and side by side."""
+    """Maps of all levels, ``(images, channels, height, width)``, averaged over cells and side by side."""
     maps = [level for part in out for level in part]
     return torch.cat([F.adaptive_avg_pool2d(one, GRID).reshape(images, -1) for one in maps], dim=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
@@ -32,8 +32,8 @@ class Detection(Task):
     """Boxes and classes of the objects in an image; AP of COCO.
 
     Inputs are a list of images ``(channels, height, width)``; targets a list of dicts of ``boxes``
-    ``(objects, 4)`` (left, top, right, bottom, in pixels) and ``labels`` ``(objects,)`` from 1, and where they
-    are known ``area`` and ``iscrowd`` ``(objects,)``. A network is called with a list of images, and gives a
+    ``(objects, 4)`` (left, top, right, bottom, in pixels) and ``labels`` ``(objects,)`` from 1, and where
+    they are known ``area`` and ``iscrowd`` ``(objects,)``. A network is called with a list of images, and gives a
     dict of ``boxes``, ``labels`` and ``scores`` for each; or, in training mode, with images and targets, and
     gives a dict of losses.
     """
@@ -211,7 +211,7 @@ class InstanceSegmentation(Detection):
 
 
 def alike_in_shape(network: nn.Module, images: Sequence[Tensor]) -> list[list[int]]:
-    """Places of the images that may be run at once: those of one shape, or all if the detector makes it so."""
+    """Places of the images that may be run at once: those of one shape, or all if it makes it so."""
     if any(getattr(module, "fixed_size", None) is not None for module in network.modules()):
         return [list(range(len(images)))] if images else []
     groups: dict[torch.Size, list[int]] = {}
@@ -238,8 +238,8 @@ def _detecting(network: nn.Module, *, training: bool) -> Iterator[bool]:
 
 
 @cache
-def _takes_targets(kind: type[nn.Module]) -> bool:
-    return "targets" in signature(kind.forward).parameters
+def _takes_targets(kind: Hashable) -> bool:
+    return "targets" in signature(getattr(kind, "forward")).parameters  # noqa: B009
 
 
 def _binary(masks: Tensor) -> Tensor:

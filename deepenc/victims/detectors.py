@@ -87,7 +87,7 @@ def _mask_head(levels: list[str], channels: int, widths: tuple[int, ...], classe
 
 
 def _rcnn(
-    trunk: nn.Module,
+    trunk: Any,
     anchors: nn.Module,
     levels: list[str],
     side: int,
@@ -97,7 +97,7 @@ def _rcnn(
 ) -> nn.Module:
     """One of torchvision's R-CNNs, with fewer regions than it has by default."""
     kind = MaskRCNN if more else FasterRCNN
-    network: nn.Module = kind(
+    network: Any = kind(
         trunk,
         min_size=side,
         max_size=side,
@@ -117,4 +117,5 @@ def _rcnn(
     )
     with torch.no_grad():  # a detector that sees nothing yet says so: few regions are objects
         network.roi_heads.box_predictor.cls_score.bias[0] = 1.0
-    return network.eval()
+    made: nn.Module = network.eval()
+    return made

@@ -58,7 +58,9 @@ def plainly(outputs, targets, kind):
                 told = {"image_id": image, "category_id": int(of["labels"][i]), "id": len(into) + 1}
                 if kind == "segm":
                     mask = of["masks"][i, 0] > 0.5 if of["masks"].ndim == 4 else of["masks"][i]
-                    told["segmentation"] = evaluator.mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+                    told["segmentation"] = evaluator.mask.encode(
+                        np.asfortranarray(mask.numpy().astype(np.uint8))
+                    )
                     told["area"] = float(mask.sum())
                 else:
                     told["area"] = (right - left) * (bottom - top)

@@ -84,7 +84,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """The boxes around masks ``(objects, height, width)``, none empty: left, top, right, bottom, in pixels."""
+    """The boxes around masks ``(objects, height, width)``, none empty: left, top, right, bottom."""
     spans = []
     for along in (1, 2):
         there = masks.amax(along) > 0

@@ -65,5 +65,7 @@ def _shape(label: int, generator: torch.Generator) -> Tensor:
     left, top = torch.randint(0, SIDE - width + 1, (2,), generator=generator).tolist()
     x, y = torch.arange(SIDE) - left - (width - 1) / 2, torch.arange(SIDE) - top - (width - 1) / 2
     if label == SQUARE:
-        return (y.abs()[:, None] <= width / 2) & (x.abs() <= width / 2)
-    return y.square()[:, None] + x.square() <= (width / 2) ** 2
+        inside: Tensor = (y.abs()[:, None] <= width / 2) & (x.abs() <= width / 2)
+    else:
+        inside = y.square()[:, None] + x.square() <= (width / 2) ** 2
+    return inside

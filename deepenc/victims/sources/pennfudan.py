@@ -80,7 +80,9 @@ class PennFudanSource(VictimSource):
         """See `VictimSource.load`."""
         root = data_folder(self.folder, f"victim {self.name!r}")
         layouts = (root / name for name in ("pennfudan", "PennFudanPed"))
-        data = PennFudan(next((path for path in layouts if path.is_dir()), root / "pennfudan"), masks=self.masks)
+        data = PennFudan(
+            next((path for path in layouts if path.is_dir()), root / "pennfudan"), masks=self.masks
+        )
         sizes = [int(share * len(data)) + 1 for share in SHARES]
         ids = [data.digest(i) for i in range(len(data))]
         places = split(ids, (*sizes, len(data) - sum(sizes)))
@@ -98,14 +100,18 @@ class PennFudanSource(VictimSource):
             scope=self.scope,
         )
 
-    def _trained(self, cache: Path, root: Path, data: PennFudan, own: list[int], ids: list[bytes]) -> nn.Module:
+    def _trained(
+        self, cache: Path, root: Path, data: PennFudan, own: list[int], ids: list[bytes]
+    ) -> nn.Module:
         model, trunk = self._fresh(root)
         # A changed recipe, trunk or part is another file, never old weights under a new recipe.
         told = (asdict(RECIPE), TRUNK, SIDE, SEED, self.masks, trunk, ids)
         mark = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
         def train(network: nn.Module) -> None:
-            groups = {n: TRUNK if n.startswith("backbone.body.") else 1.0 for n, _ in network.named_parameters()}
+            groups = {
+                n: TRUNK if n.startswith("backbone.body.") else 1.0 for n, _ in network.named_parameters()
+            }
             images = Examples.read(_BothWays(data, own), self.task.collate)
             fit(network, self.task, images, RECIPE, torch.Generator().manual_seed(SEED), groups)
 
