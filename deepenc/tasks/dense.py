@@ -56,9 +56,8 @@ def dense(network: nn.Module, images: Sequence[Tensor]) -> Tensor:
             f"{type(network).__name__} is no detector of torchvision's form: expected `rpn.head` and "
             "`roi_heads`, or `head`; measure a layer, as `features:NAME`"
         )
-    with removed(handles):
-        with suppress(_Heard):
-            network(list(images))
+    with removed(handles), suppress(_Heard):
+        network(list(images))
     return torch.cat(heard, dim=1)
 
 

@@ -33,9 +33,9 @@ class Detection(Task):
 
     Inputs are a list of images ``(channels, height, width)``; targets a list of dicts of ``boxes``
     ``(objects, 4)`` (left, top, right, bottom, in pixels) and ``labels`` ``(objects,)`` from 1, and where
-    they are known ``area`` and ``iscrowd`` ``(objects,)``. A network is called with a list of images, and gives a
-    dict of ``boxes``, ``labels`` and ``scores`` for each; or, in training mode, with images and targets, and
-    gives a dict of losses.
+    they are known ``area`` and ``iscrowd`` ``(objects,)``. A network is called with a list of images, and
+    gives a dict of ``boxes``, ``labels`` and ``scores`` for each; or, in training mode, with images and
+    targets, and gives a dict of losses.
     """
 
     name: ClassVar[str] = "detection"
