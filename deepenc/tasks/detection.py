@@ -22,6 +22,8 @@ from deepenc.tasks.task import Offer, Outcome, Task, Worth
 FLIPPED = 0.1
 """Share of the scores, in sum, that may be another's: of two boxes that overlap one is suppressed, and which
 one hangs on the last bit."""
+AT_ONCE = 16
+"""Images that are run at once, at most: each may be of a megapixel, and makes a thousand regions."""
 SAME = 0.5
 """Overlap from which two boxes are of the same object."""
 HEADS = ("box_predictor", "mask_predictor", "keypoint_predictor", "classification_head", "regression_head")
@@ -56,8 +58,9 @@ class Detection(Task):
         found: list[Any] = [None] * len(inputs)
         with _detecting(network, training=False):
             for group in alike_in_shape(network, inputs):
-                for place, one in zip(group, network([inputs[i] for i in group]), strict=True):
-                    found[place] = one
+                for some in (group[at : at + AT_ONCE] for at in range(0, len(group), AT_ONCE)):
+                    for place, one in zip(some, network([inputs[i] for i in some]), strict=True):
+                        found[place] = one
         return found
 
     def collate(self, items: Sequence[Any]) -> tuple[Any, Any]:
@@ -119,6 +122,10 @@ class Detection(Task):
             return f"expected a dict of boxes and labels for each image, got {trees.described(targets)}"
         wrong = ((image, self._misfit(target)) for image, target in enumerate(targets))
         return next((f"{what} (image {image} of the batch)" for image, what in wrong if what), None)
+
+    def uninformative(self, targets: Any) -> str | None:
+        """Why one answer to every image would be right: there is nothing to find."""
+        return None if any(len(target["boxes"]) for target in targets) else "no image shows any object"
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The layers that make classes, boxes and masks."""

@@ -1,8 +1,7 @@
-"""Every attack of the registry does what it can to a detector, or says what it lacks; none fails."""
+"""Every attack does what it can to a detector, or says what it lacks; every defense gives it back."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,23 +12,21 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+import deepenc
 from deepenc.arena.build import Encryption, Subject
 from deepenc.arena.case import Attack
+from deepenc.arena.checks.tiny import host_defense
 from deepenc.arena.duel import run_duel
 from deepenc.arena.entry import Entry
 from deepenc.arena.plan import Cell, Duel
 from deepenc.arena.threat import Threat
 from deepenc.encryption.defense import Defense
 from deepenc.errors import PluginError
-from deepenc.plugins import get, names
+from deepenc.plugins import build, get, names
 from deepenc.seeds import Roots
-from deepenc.tasks.detection import Detection, InstanceSegmentation
-from deepenc.tasks.examples import Examples
-from deepenc.victims.data.shapes import Shapes
-from deepenc.victims.detectors import small_rcnn
-from deepenc.victims.recipe import Recipe
-from deepenc.victims.training import fit
+from deepenc.victims.validation import validated
 from deepenc.victims.victim import Victim, VictimSource
+from tests.stories.tiny_detectors import DETECTORS
 
 pytest.importorskip("faster_coco_eval")
 
@@ -43,29 +40,6 @@ GENEROUS = {
     "trials": 10,
 }
 """What an attack is given at least."""
-
-
-def detector(masks: bool) -> Victim:
-    """A small R-CNN that has learnt a little, on few images."""
-    task = InstanceSegmentation(classes=3) if masks else Detection(classes=3)
-
-    def part(count: int, first: int) -> Examples:
-        data = Shapes(count, first=first, masks=masks)
-        return Examples(*task.collate([data[i] for i in range(count)]))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = small_rcnn(masks=masks)
-    defender = part(48, 0)
-    generator = torch.Generator().manual_seed(0)
-    assert fit(model, task, defender, Recipe(steps=60, lr=0.02, batch_size=8), generator)
-    public = copy.deepcopy(model)
-    assert fit(public, task, defender, Recipe(steps=2, lr=0.02, batch_size=8), generator)
-    return Victim("detector", model, task, defender, part(600, 1000), part(12, 2000), "told", public)
-
-
-TINY = {"detection": lambda: detector(False), "instance-segmentation": lambda: detector(True)}
-"""A small victim of each task."""
 
 
 class Stub(VictimSource):
@@ -82,7 +56,7 @@ class Stub(VictimSource):
 
 @cache
 def encryption(task: str) -> Encryption:
-    return Encryption.of(Subject.of(TINY[task]()), Defense.of("paper-samp"), bytes(32))
+    return Encryption.of(Subject.of(validated(DETECTORS[task]())), Defense.of("paper-samp"), bytes(32))
 
 
 def variants() -> Iterator[Any]:
@@ -105,7 +79,7 @@ def variants() -> Iterator[Any]:
                         continue  # the choice asks for another one beside it
 
 
-@pytest.mark.parametrize("task", TINY)
+@pytest.mark.parametrize("task", DETECTORS)
 @pytest.mark.parametrize("attack", [*variants()])
 def test_an_attack_ends_well(attack: Attack, task: str) -> None:
     needs = attack.needs.given_by_threats()
@@ -115,3 +89,31 @@ def test_an_attack_ends_well(attack: Attack, task: str) -> None:
     record = run_duel(Duel.of(cell, "told", Roots.of_seed(0), None, "cpu"), lambda: encryption(task))
     assert record.state in ("done", "unsupported", "out_of_budget"), record.reason
     assert record.state == "done" or record.reason
+
+
+def defenses() -> Iterator[Any]:
+    yield from (pytest.param(Defense.of(name), id=name) for name in names("defense"))
+    for kind in ("placement", "weights", "hardening"):
+        for name in names(kind):
+            few = ":steps=4" if name == "optimise" else ""
+            yield pytest.param(host_defense(**{kind: build(kind, name + few)}), id=name)
+    yield pytest.param(host_defense(hardening=build("hardening", "optimise:gates=true,steps=4")), id="gates")
+
+
+@pytest.mark.parametrize("task", DETECTORS)
+@pytest.mark.parametrize("defense", [*defenses()])
+def test_a_defense_gives_back_what_it_protects(defense: Defense, task: str) -> None:
+    victim = DETECTORS[task]()
+    few = [
+        step.model_copy(update={"steps": 4}) if step.name == "optimise" else step
+        for step in defense.hardening
+    ]
+    defense = defense.model_copy(update={"hardening": tuple(few)})
+    encrypted, key = deepenc.encrypt(
+        victim.model, victim.example, defense, seed=0, data=victim.defender, task=victim.task
+    )
+    inputs = victim.judge.inputs
+    with torch.no_grad():
+        assert victim.task.complaint(victim.task.run(encrypted, inputs), inputs) is None
+    state = deepenc.decrypt(encrypted, key).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in victim.model.state_dict().items())

@@ -248,6 +248,12 @@ def test_targets_that_do_not_fit(target, what) -> None:
         raise AssertionError(TASK.misfit([good, target]))
 
 
+def test_images_without_objects_tell_nothing() -> None:
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    assert TASK.misfit([nothing]) is None and "no image" in TASK.uninformative([nothing, nothing])
+    assert TASK.uninformative([nothing, {"boxes": BOXES, "labels": LABELS}]) is None
+
+
 def test_masks_that_do_not_fit() -> None:
     task = InstanceSegmentation()
     target = {"boxes": BOXES, "labels": LABELS, "masks": torch.zeros(1, 8, 8)}
