@@ -153,7 +153,9 @@ class _Table:
 
     def pairs(self, label: int) -> Numbers:
         """Overlaps of one class."""
-        return self.overlaps[self.found[:, 0] == label][:, self.real[:, 0] == label]
+        found, real = (np.flatnonzero(rows[:, 0] == label) for rows in (self.found, self.real))
+        chosen: Numbers = self.overlaps[np.ix_(found, real)]
+        return chosen
 
 
 def _read(numbers: Numbers) -> _Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
@@ -233,7 +233,7 @@ def _detecting(network: nn.Module, *, training: bool) -> Iterator[bool]:
 
     These are the detector's own (its transform, its region proposals, its heads), not its layers.
     """
-    own = [module for module in network.modules() if _takes_targets(type(module))]
+    own = [module for module in network.modules() if _takes_targets(type(module).forward)]
     modes = [module.training for module in own]
     try:
         for module in own:
@@ -245,8 +245,8 @@ def _detecting(network: nn.Module, *, training: bool) -> Iterator[bool]:
 
 
 @cache
-def _takes_targets(kind: Hashable) -> bool:
-    return "targets" in signature(getattr(kind, "forward")).parameters  # noqa: B009
+def _takes_targets(forward: Callable[..., Any]) -> bool:
+    return "targets" in signature(forward).parameters
 
 
 def _binary(masks: Tensor) -> Tensor:
