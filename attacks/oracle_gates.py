@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 
 from deepenc import trees
 from deepenc.arena.case import Attack, Case, Claim, Weakness
 from deepenc.arena.kit.descent import Descent, descend
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError
+from deepenc.errors import ClaimError, ConfigError
 from deepenc.network.gates import Gated
 from deepenc.tasks.examples import joined
+from deepenc.tasks.task import Task
 
 HALVINGS = 40  # of an interval of logits, in search of the shift
 SMALL = 1e-12
@@ -29,8 +31,10 @@ class OracleGates(Attack):
     """Fit a mask of all channels to the outputs of the authorised model; suspect what it masks.
 
     Minimises ``log(|f(x; m) - y|² / |y|²) + penalty · mean m(1 - m)`` over the logits of the mask m, with
-    BatchNorm's stored statistics, which are right once the confusion channels are gone. Where ΔC is known,
-    the masks of each site add up to the real channels. Every input is asked once; no label is used.
+    BatchNorm's stored statistics, which are right once the confusion channels are gone. Outputs that are not
+    as many values for each input (a detector's boxes) are learned from instead: then the task's loss on them
+    stands in the logarithm. Where ΔC is known, the masks of each site add up to the real channels. Every
+    input is asked once; no label is used.
     """
 
     name: ClassVar[str] = "oracle-gates"
@@ -53,6 +57,12 @@ class OracleGates(Attack):
     def needs(self) -> Needs:
         """The answers."""
         return Needs(oracle=self.images, offers=frozenset({"answers"}))
+
+    def pointless(self, case: Case) -> str | None:
+        """Nothing can be asked: no images are held, and noise is no input."""
+        if len(case.unlabelled) + len(case.labelled) or _takes_noise(case):
+            return None
+        return "the attacker holds no inputs to ask about, and noise is none: inputs are no tensor of floats"
 
     def attack(self, case: Case) -> Claim:
         """See `Attack.attack`."""
@@ -81,24 +91,42 @@ class OracleGates(Attack):
             return Descent(0, diverged=False)  # and nothing is asked in vain
         generator = case.generator()
         inputs, answers = asked(case, self.images, generator)
-        numbers = case.task.numbers(answers)
+        missed = far_from(case.task, answers)
         done = 0
 
         def loss() -> Tensor:
             nonlocal done
             done += 1
-            chosen = torch.randperm(len(numbers), generator=generator)[:size].to(case.device)
+            chosen = torch.randperm(trees.size(inputs), generator=generator)[:size].to(case.device)
             gated.gates = {name: mask(logit, real[name]) for name, logit in logits.items()}
-            wanted = numbers[chosen]
-            got = case.task.numbers(case.task.run(gated, trees.take(inputs, chosen)))
-            missed: Tensor = (got - wanted).square().sum() / wanted.square().sum().clamp_min(SMALL)
+            distance = missed(gated, trees.take(inputs, chosen), chosen)
             every = torch.cat(list(gated.gates.values()))
             hesitant = (every * (1 - every)).mean()
-            return missed.clamp_min(SMALL).log() + self.penalty * done / steps * hesitant
+            return distance.clamp_min(SMALL).log() + self.penalty * done / steps * hesitant
 
         return descend(
             case, logits.values(), loss, steps=steps, lr=self.lr, optimizer=partial(Adam, eps=DAMPING)
         )
+
+
+def far_from(task: Task, answers: Any) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """How far a network is from some answers: a function of it, of a batch, and of its answers' places."""
+    try:
+        numbers = task.numbers(answers)
+    except ConfigError:  # not as many values for each input
+        targets = task.answers(answers)
+        return lambda network, inputs, places: task.loss(network, inputs, trees.take(targets, places))
+
+    def missed(network: nn.Module, inputs: Any, places: Tensor) -> Tensor:
+        wanted = numbers[places]
+        far: Tensor = (task.numbers(task.run(network, inputs)) - wanted).square().sum()
+        return far / wanted.square().sum().clamp_min(SMALL)
+
+    return missed
+
+
+def _takes_noise(case: Case) -> bool:
+    return isinstance(case.example, Tensor) and case.example.is_floating_point()
 
 
 def real_channels(case: Case) -> dict[str, int | None]:
@@ -130,8 +158,10 @@ def mask(logit: Tensor, real: int | None) -> Tensor:
 def asked(case: Case, images: int, generator: torch.Generator) -> tuple[Any, Any]:
     """Inputs and the authorised model's outputs for them.
 
+    Where fewer inputs are held than are wanted, noise takes their place, if it is an input at all.
+
     Raises:
-        ClaimError: The threat model gives no answers, or too few images are held and noise is no input.
+        ClaimError: The threat model gives no answers, or there is nothing to ask.
     """
     if case.oracle is None:
         raise ClaimError("oracle-gates needs answers of the authorised model: `oracle` in the threat model")
@@ -139,10 +169,12 @@ def asked(case: Case, images: int, generator: torch.Generator) -> tuple[Any, Any
     wanted = images if left is None else min(images, left)
     held = joined([case.unlabelled, case.labelled])[:wanted].inputs
     if (missing := wanted - trees.size(held)) > 0:
-        if not isinstance(case.example, Tensor) or not case.example.is_floating_point():
+        if not _takes_noise(case):
+            if trees.size(held):
+                return held, case.oracle(held)
             raise ClaimError(
-                f"oracle-gates: {trees.size(held)} images are held, {wanted} are to be asked, and noise "
-                "cannot take the place of inputs that are not one tensor of floats; give fewer `images`"
+                f"oracle-gates: no images are held, {wanted} are to be asked, and noise cannot take the "
+                "place of inputs that are not one tensor of floats; give the attacker some"
             )
         noise = torch.randn(missing, *case.example.shape[1:], generator=generator).to(case.example)
         held = torch.cat([held, noise])

@@ -112,7 +112,7 @@ class Gradient(SearchedPlacement):
                 batch, wanted = (trees.take(tree, index) for tree in (inputs, target))
                 got = call_with(network, changed, batch, original.task.response)
                 change = damage("response", original.task, got, wanted)
-                found = torch.autograd.grad(change, list(strengths.values()))
+                found = torch.autograd.grad(change, list(strengths.values()), materialize_grads=True)
             for name, slope in zip(logits, found, strict=True):
                 worth = torch.nan_to_num(slope, 0, 0, 0) / prices[name]
                 slopes[name] = self.momentum * slopes[name] + (1 - self.momentum) * worth

@@ -62,7 +62,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a label below 0": ({"judge": spoiled("targets", (5,), -1)}, "judge's targets: expected classes from 0"),
     "the defender's label": ({"defender": spoiled("targets", (5,), 7)}, "defender's targets: .* got 0 to 7"),
     "the first of them": ({"judge": spoiled("targets", (5,), 3)}, "remove them, first of example 5"),
-    "one class": ({"judge": Examples(images(40, 2).inputs, torch.ones(40).long())}, "all of 40 of the judge's examples are of one class"),
+    "one class": (
+        {"judge": Examples(images(40, 2).inputs, torch.ones(40).long())},
+        "all of 40 of the judge's examples are of one class",
+    ),
     "not told how many": (
         {"task": Classification(), "attacker": spoiled("targets", (39,), 3)},
         "attacker's targets: .* below 3, .* first of example 39",

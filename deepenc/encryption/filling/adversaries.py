@@ -43,7 +43,7 @@ def learned_gates(
             with torch.enable_grad():
                 found = confusion(trees.take(inputs, index), gates=gates)
                 loss = damage(objective, task, found, trees.take(target, index))
-                gradients = torch.autograd.grad(loss, list(gates.values()))
+                gradients = torch.autograd.grad(loss, list(gates.values()), materialize_grads=True)
             for gate, gradient in zip(gates.values(), gradients, strict=True):
                 gate.grad = gradient
             adam.step()
