@@ -119,8 +119,8 @@ def _check_answers(who: str, victim: Victim) -> None:
     whole = judge.targets if judge.stored else targets
     if trees.size(whole) >= ENOUGH and (same := task.uninformative(whole)):
         raise VictimError(
-            f"{who}: all of {trees.size(whole)} of the judge's examples {same}, so that every answer is right "
-            "or wrong alike; give data of all kinds, and see whether they are shuffled"
+            f"{who}: all of {trees.size(whole)} of the judge's examples {same}, so that every answer is "
+            "right or wrong alike; give data of all kinds, and see whether they are shuffled"
         )
     if victim.trained and "labels" in task.offers:
         right = task.worth(task.outcomes(outputs, targets)).value

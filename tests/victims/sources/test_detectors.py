@@ -15,9 +15,9 @@ from deepenc.network.calling import call
 from deepenc.victims.data.shapes import Shapes
 from deepenc.victims.data.splits import shared
 from deepenc.victims.detectors import mobilenet_rcnn
-from deepenc.victims.sources.coco import CocoDetector
-from deepenc.victims.sources.pennfudan import PennFudanFasterRcnn, PennFudanMaskRcnn
-from deepenc.victims.sources.shapes import ShapesDetector
+from deepenc.victims.sources.detectors.coco import CocoDetector
+from deepenc.victims.sources.detectors.pennfudan import PennFudanFasterRcnn, PennFudanMaskRcnn
+from deepenc.victims.sources.detectors.shapes import ShapesDetector
 from deepenc.victims.validation import validated
 
 
@@ -31,7 +31,7 @@ def test_the_shapes_detector_finds_shapes_and_is_trained_once(cache, monkeypatch
     victim = validated(ShapesDetector().load(cache))
     assert judge(victim.model, victim.judge, victim.task, who="the test").value > 0.4
     assert not shared(victim.attacker, victim.judge) and not shared(victim.defender, victim.judge)
-    monkeypatch.setattr("deepenc.victims.sources.shapes.fit", None)  # it would be called again
+    monkeypatch.setattr("deepenc.victims.sources.detectors.shapes.fit", None)  # it would be called again
     again = ShapesDetector().load(cache)
     assert again.fingerprint == victim.fingerprint
     built = ShapesDetector().structure().build(allow=(ShapesDetector().structure().name,))

@@ -1,0 +1,1 @@
+"""Detectors with their images, one victim a file."""
