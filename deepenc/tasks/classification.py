@@ -170,7 +170,7 @@ class MultiLabel(Task):
 
     def uninformative(self, targets: Any) -> str | None:
         """See `Task.uninformative`."""
-        return "all are of the same classes" if bool((targets == targets[:1]).all()) else None
+        return "are of the same classes" if bool((targets == targets[:1]).all()) else None
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""
