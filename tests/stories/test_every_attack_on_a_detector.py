@@ -40,6 +40,8 @@ GENEROUS = {
     "trials": 10,
 }
 """What an attack is given at least."""
+FEW = {"images": 8, "encryptions": 1, "trees": 10, "queries": 12}
+"""Fields that say how long an attack works, where it has them."""
 
 
 class Stub(VictimSource):
@@ -66,7 +68,7 @@ def variants() -> Iterator[Any]:
             kind = get("attack", name)
         except PluginError:
             continue
-        few = {"images": 8} if "images" in kind.model_fields else {}
+        few = {field: value for field, value in FEW.items() if field in kind.model_fields}
         yield pytest.param(kind(**few), id=name)
         for field, told in kind.model_fields.items():
             if get_origin(told.annotation) is Literal:

@@ -122,6 +122,23 @@ def test_by_hand() -> None:
     assert found["APs"] == found["AP"] and "APl" not in found  # no large object
 
 
+def test_of_two_objects_the_nearer_is_matched() -> None:
+    # The first detection overlaps both objects, by 81 / 119 and 80 / 120, between the same two thresholds;
+    # the second is the second object itself. Both are right up to 0.65; from 0.7 on the first is wrong.
+    found = objects((19, 0, 100, 100), (39, 0, 100, 100), scores=[0.9, 0.8])
+    kept = table(found, objects((0, 0, 100, 100), (39, 0, 100, 100)))
+    assert averages([kept])["AP"] == pytest.approx((4 + 6 * 0.5 * 51 / 101) / 10)
+
+
+def test_an_object_between_two_sizes_is_of_both() -> None:
+    between = averages([table(objects((0, 0, 32, 32), scores=[0.5]), objects((0, 0, 32, 32)))])
+    assert between["APs"] == between["APm"] == 1 and "APl" not in between
+    smaller = averages([table(objects((0, 0, 32, 31), scores=[0.5]), objects((0, 0, 32, 31)))])
+    assert smaller["APs"] == 1 and "APm" not in smaller
+    larger = averages([table(objects((0, 0, 96, 97), scores=[0.5]), objects((0, 0, 96, 97)))])
+    assert larger["APl"] == 1 and "APm" not in larger
+
+
 def test_what_is_nowhere_is_not_averaged_and_nothing_found_is_zero() -> None:
     assert averages([table(objects(scores=[]), objects())]) == {}
     assert averages([table(objects(scores=[]), objects((0, 0, 10, 10)))])["AP"] == 0

@@ -150,6 +150,8 @@ def test_encrypted_detectors_decrypt_bit_for_bit_and_can_be_compared(masks, batc
     with torch.no_grad():
         clean, changed = task.response(network, images), task.response(encrypted, images)
         assert clean.shape == changed.shape and not torch.allclose(clean, changed)
+        # 3 anchors and 16 boxes of 3 classes, on 16 cells each; masks of 3 classes for each box.
+        assert clean.shape[1] == 16 * (3 + 12) + 16 * (3 + 12) + (16 * 3 * 16 if masks else 0)
         opened = deepenc.decrypt(encrypted, key)
         assert all(torch.equal(t, network.state_dict()[n]) for n, t in opened.state_dict().items())
         assert same(task.run(opened, images), task.run(network, images))
