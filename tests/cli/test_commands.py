@@ -483,7 +483,7 @@ def test_encrypt_says_what_is_left_without_the_key(run: Run, tmp_path: Path) -> 
     paths = {name: str(tmp_path / name) for name in ("a", "k", "one.yaml")}
     said = run("encrypt", "toy", paths["a"], "--key", paths["k"], "--defense", paths["one.yaml"])
     assert "encrypted with alone" in said.stdout
-    found = re.search(r"Used without the key: (.*) % right instead of (.*) % \(30 images\)", said.stdout)
+    found = re.search(r"without the key: accuracy (.*) % instead of (.*) % \(30 examples\)", said.stdout)
     assert found is not None, said.stdout
     victim = Toy().load(tmp_path)
     network = deepenc.load(tmp_path / "a").network(victim.model)
