@@ -20,6 +20,7 @@ from deepenc.arena.record import Record
 from deepenc.arena.threat import Threat
 from deepenc.plugins import get, names
 from deepenc.victims.validation import validated
+from tests.stories.tiny_detectors import DETECTORS
 from tests.stories.tiny_victims import LENGTH, VICTIMS
 
 HELD = 24
@@ -85,7 +86,7 @@ def test_a_thief_s_data_are_counted_in_tokens_where_there_are_any() -> None:
 
 
 def test_every_task_has_a_tiny_victim() -> None:
-    assert set(VICTIMS) == set(names("task"))
+    assert {*VICTIMS, *DETECTORS} == set(names("task"))
 
 
 @pytest.mark.parametrize("task", sorted(VICTIMS))

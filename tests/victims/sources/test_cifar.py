@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10
 
 from deepenc.arena.metrics import judge
 from deepenc.errors import VictimError
+from deepenc.tasks.classification import Classification
 from deepenc.tasks.examples import Examples
 from deepenc.victims.data.cifar import normalised
 from deepenc.victims.data.datasets import DEVIATION, MEAN
@@ -23,8 +24,8 @@ from deepenc.victims.sources.cifar import Cifar10ResNet20, Cifar10ResNet32, Cifa
 
 
 def counted(model, images):
-    found = judge(model, images, 10, who="victim", batch=100)
-    return found.correct, found.images
+    found = judge(model, images, Classification(classes=10), who="victim", batch=100)
+    return round(found.value * found.examples), found.examples
 
 
 real = pytest.mark.skipif("DEEPENC_DATA" not in os.environ, reason="DEEPENC_DATA names no data folder")

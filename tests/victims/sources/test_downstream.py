@@ -310,5 +310,5 @@ def test_real_parts_do_not_overlap():
 def test_the_owners_fine_tuning_is_worth_something(tmp_path):
     victim = Downstream(trained=True).load(tmp_path)
     assert [len(part) for part in (victim.defender, victim.attacker, victim.judge)] == [4000, 2000, 4000]
-    found = judge(victim.model, victim.judge, 100, who="victim")
+    found = judge(victim.model, victim.judge, victim.task, who="victim")
     assert found.value > 0.38 and found.further["top-5"] > 0.7
