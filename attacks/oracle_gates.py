@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam
 
 from deepenc import trees
 from deepenc.arena.case import Attack, Case, Claim, Weakness
+from deepenc.arena.kit.asking import asked, far_from, takes_noise
 from deepenc.arena.kit.descent import Descent, descend
 from deepenc.arena.threat import Needs
-from deepenc.errors import ClaimError, ConfigError
 from deepenc.network.gates import Gated
-from deepenc.tasks.examples import joined
-from deepenc.tasks.task import Task
 
 HALVINGS = 40  # of an interval of logits, in search of the shift
 SMALL = 1e-12
@@ -60,7 +57,7 @@ class OracleGates(Attack):
 
     def pointless(self, case: Case) -> str | None:
         """Nothing can be asked: no images are held, and noise is no input."""
-        if len(case.unlabelled) + len(case.labelled) or _takes_noise(case):
+        if len(case.unlabelled) + len(case.labelled) or takes_noise(case):
             return None
         return "the attacker holds no inputs to ask about, and noise is none: inputs are no tensor of floats"
 
@@ -109,26 +106,6 @@ class OracleGates(Attack):
         )
 
 
-def far_from(task: Task, answers: Any) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """How far a network is from some answers: a function of it, of a batch, and of its answers' places."""
-    try:
-        numbers = task.numbers(answers)
-    except ConfigError:  # not as many values for each input
-        targets = task.answers(answers)
-        return lambda network, inputs, places: task.loss(network, inputs, trees.take(targets, places))
-
-    def missed(network: nn.Module, inputs: Any, places: Tensor) -> Tensor:
-        wanted = numbers[places]
-        far: Tensor = (task.numbers(task.run(network, inputs)) - wanted).square().sum()
-        return far / wanted.square().sum().clamp_min(SMALL)
-
-    return missed
-
-
-def _takes_noise(case: Case) -> bool:
-    return isinstance(case.example, Tensor) and case.example.is_floating_point()
-
-
 def real_channels(case: Case) -> dict[str, int | None]:
     """How many channels of each site are real, None where that is withheld; sites without others left out."""
     if case.allocation is None:
@@ -153,29 +130,3 @@ def mask(logit: Tensor, real: int | None) -> Tensor:
             enough = (logit + middle).sigmoid().sum() > real
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return (logit + high).sigmoid()
-
-
-def asked(case: Case, images: int, generator: torch.Generator) -> tuple[Any, Any]:
-    """Inputs and the authorised model's outputs for them.
-
-    Where fewer inputs are held than are wanted, noise takes their place, if it is an input at all.
-
-    Raises:
-        ClaimError: The threat model gives no answers, or there is nothing to ask.
-    """
-    if case.oracle is None:
-        raise ClaimError("oracle-gates needs answers of the authorised model: `oracle` in the threat model")
-    left = case.meter.left("queries")
-    wanted = images if left is None else min(images, left)
-    held = joined([case.unlabelled, case.labelled])[:wanted].inputs
-    if (missing := wanted - trees.size(held)) > 0:
-        if not _takes_noise(case):
-            if trees.size(held):
-                return held, case.oracle(held)
-            raise ClaimError(
-                f"oracle-gates: no images are held, {wanted} are to be asked, and noise cannot take the "
-                "place of inputs that are not one tensor of floats; give the attacker some"
-            )
-        noise = torch.randn(missing, *case.example.shape[1:], generator=generator).to(case.example)
-        held = torch.cat([held, noise])
-    return held, case.oracle(held)
