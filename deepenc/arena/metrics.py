@@ -40,7 +40,7 @@ def judge(
     *,
     who: str,
     device: torch.device | str = "cpu",
-    batch: int = 256,
+    batch: int | None = None,
 ) -> Score:
     """What a network is worth at a task, in eval mode and without gradients.
 
@@ -54,7 +54,7 @@ def judge(
         task: The task.
         who: The plugin that claims the network, for messages.
         device: Where to run.
-        batch: Examples at a time.
+        batch: Examples at a time; default: as many as the task says.
 
     Raises:
         ClaimError: The outputs do not have the task's form.
@@ -63,7 +63,7 @@ def judge(
     unreadable = 0
     outcomes: list[Outcome] = []
     with torch.no_grad():
-        for inputs, targets in examples.to(device).batches(batch):
+        for inputs, targets in examples.to(device).batches(batch or task.at_once):
             outputs = _answers(network, inputs, task, who)
             outcomes += task.outcomes(outputs, targets)
             unreadable += sum(task.unreadable(outputs))
@@ -103,7 +103,9 @@ def independent(
     network = network.to(device).eval()
     before = _state(network)
     asked = torch.arange(0, len(examples), max(1, len(examples) // ALONE))
-    others = torch.cat([asked, torch.arange(len(examples))])[:COMPANY].flip(0)
+    others = torch.cat([asked, torch.arange(len(examples))])[
+        : min(COMPANY, max(task.at_once, 2 * len(asked)))
+    ].flip(0)
     there = examples.to(device)
 
     def ask(index: Tensor) -> Any:

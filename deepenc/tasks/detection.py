@@ -42,6 +42,7 @@ class Detection(Task):
 
     name: ClassVar[str] = "detection"
     measure: ClassVar[str] = "AP"
+    at_once: ClassVar[int] = 16
     offers: ClassVar[frozenset[Offer]] = frozenset({"answers"})
 
     classes: int | None = Field(None, ge=2)

@@ -31,6 +31,7 @@ class NextToken(Task):
 
     name: ClassVar[str] = "next-token"
     measure: ClassVar[str] = "next-token accuracy"
+    at_once: ClassVar[int] = 32
     offers: ClassVar[frozenset[Offer]] = frozenset({"logits", "answers"})
     unit: ClassVar[str] = "tokens"
 

@@ -26,6 +26,7 @@ class SemanticSegmentation(Task):
 
     name: ClassVar[str] = "semantic-segmentation"
     measure: ClassVar[str] = "mIoU"
+    at_once: ClassVar[int] = 8
     offers: ClassVar[frozenset[Offer]] = frozenset({"logits", "answers"})
 
     classes: int | None = Field(None, ge=2)

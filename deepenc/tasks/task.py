@@ -42,6 +42,7 @@ class Task(Plugin):
     Attributes:
         measure: Name of the primary measure.
         offers: What attacks and defenses may ask of the task.
+        at_once: Examples that the judge runs at a time, at most.
         augments: Whether an image may be mirrored, moved and cropped without a change of its target.
         unit: What data are counted in, besides examples.
     """
@@ -50,6 +51,7 @@ class Task(Plugin):
     measure: ClassVar[str]
     offers: ClassVar[frozenset[Offer]] = frozenset()
     augments: ClassVar[bool] = False
+    at_once: ClassVar[int] = 256
     unit: ClassVar[str] = "examples"
 
     def run(self, network: nn.Module, inputs: Any) -> Any:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import cloudpickle
 import torch
 
 from deepenc.arena.plan import Duel, Experiment, plan
@@ -25,7 +26,6 @@ from deepenc.processes.pool import Pool
 from deepenc.processes.worker import warm_up
 from deepenc.seeds import Roots
 from deepenc.victims.sources.given import Given, given
-from deepenc.victims.victim import Victim
 
 DATABASE, OUTPUT = "run.sqlite", "output.txt"
 
@@ -197,10 +197,21 @@ def _pool(folder: Path, setup: worker.Setup, size: int) -> Iterator[Pool]:
                 path.unlink()
 
 
-def _given(experiment: Experiment) -> tuple[Victim, ...]:
-    """The experiment's victims that are in this process's memory alone."""
+def _given(experiment: Experiment) -> bytes | None:
+    """The experiment's victims that are in this process's memory alone, pickled; None where there are none.
+
+    Raises:
+        ConfigError: A victim cannot be sent to another process.
+    """
     labels = {source.label for source in experiment.victims if isinstance(source, Given)}
-    return tuple(victim for victim in given() if victim.name in labels)
+    held = [victim for victim in given() if victim.name in labels]
+    try:
+        return cloudpickle.dumps(held) if held else None
+    except Exception as error:  # whatever a user's network or data set holds
+        raise ConfigError(
+            f"the network or its data cannot be sent to the processes that attack it ({error}); open files "
+            "and connections in the data set's methods, not in its constructor"
+        ) from error
 
 
 def device_of(experiment: Experiment) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import cloudpickle
+
 from deepenc.arena.build import Encryption, Subject
 from deepenc.arena.case import Attack
 from deepenc.arena.checks.selftest import selftest
@@ -133,17 +135,18 @@ class Setup:
     Attributes:
         cache: Folder of the victims.
         plugin_files: Loaded first, so that cells can name their plugins.
-        given: Victims that are in the coordinator's memory alone.
+        given: Victims that are in the coordinator's memory alone, pickled: what they are made of may be in
+            the plugin files.
     """
 
     cache: Path
     plugin_files: tuple[Path, ...]
-    given: tuple[Victim, ...] = ()
+    given: bytes | None = None
 
     def __call__(self) -> Handler:
         """Called once in each process; gives what runs a cell."""
         prepare(self.plugin_files)
-        for victim in self.given:
+        for victim in () if self.given is None else cloudpickle.loads(self.given):
             give(victim)
         workspace = Workspace(self.cache)
 
