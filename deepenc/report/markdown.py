@@ -58,7 +58,7 @@ def markdown(records: Sequence[Record]) -> str:
     plain = apart(summaries)
     for victim, threat in dict.fromkeys((s.victim, s.threat) for s in plain):
         members = [s for s in plain if (s.victim, s.threat) == (victim, threat)]
-        parts.append(f"**{victim}, accuracy under `{threat}`**\n\n{_pivot(members, _score)}")
+        parts.append(f"**{victim}, {members[0].measure} under `{threat}`**\n\n{_pivot(members, _score)}")
         scored = [s for s in members if s.detection]
         if scored:
             parts.append(f"**{victim}, detection under `{threat}`**\n\n{_pivot(scored, _detection)}")
@@ -91,7 +91,7 @@ def _strongest(records: Sequence[Record], summaries: Iterable[CellSummary]) -> s
     rows = [
         [
             *("victim", "threat", "defense", "memory", "secret", "strongest attack (keys)"),
-            *("accuracy", "advantage", "its cost"),
+            *("score", "advantage", "its cost"),
         ]
     ]
     lines, marks = worst(records), ties(records)
