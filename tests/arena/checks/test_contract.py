@@ -457,7 +457,7 @@ class Toys(TinySource):
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("shared", "attacker's images are the judge's"),
+        ("shared", "attacker's examples are the judge's"),
         ("classes", "VictimError"),
         ("chance", "better than chance"),
         ("restless", "fingerprint"),
