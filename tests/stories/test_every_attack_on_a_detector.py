@@ -102,7 +102,7 @@ def defenses() -> Iterator[Any]:
     yield pytest.param(host_defense(hardening=build("hardening", "optimise:gates=true,steps=4")), id="gates")
 
 
-@pytest.mark.parametrize("task", DETECTORS)
+@pytest.mark.parametrize("task", ["detection", pytest.param("instance-segmentation", marks=pytest.mark.long)])
 @pytest.mark.parametrize("defense", [*defenses()])
 def test_a_defense_gives_back_what_it_protects(defense: Defense, task: str) -> None:
     victim = DETECTORS[task]()
