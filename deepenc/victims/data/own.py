@@ -87,15 +87,20 @@ def read_examples(
     return as_examples(called(module, name), task, workers=workers)
 
 
+def look_here() -> None:
+    """Find modules in the folder of the command, too, as Python does for a script in it."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
 def called(module: str, name: str) -> Any:
     """What a function of the user's returns; the folder of the command counts as a place of modules.
 
     Raises:
         VictimError: There is none, or it raises.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    look_here()
     try:
         return getattr(importlib.import_module(module), name)()
     except Exception as error:  # a user's own code

@@ -16,7 +16,7 @@ from deepenc.tasks.examples import Examples
 from deepenc.tasks.task import Task
 from deepenc.victims.data.datasets import DEVIATION, MEAN
 from deepenc.victims.data.images import preparing
-from deepenc.victims.data.own import read_examples, share_out
+from deepenc.victims.data.own import look_here, read_examples, share_out
 from deepenc.victims.data.splits import fingerprint
 from deepenc.victims.sources.network import Network
 from deepenc.victims.victim import Victim
@@ -74,6 +74,11 @@ class Own(Network):
     def label(self) -> str:
         """How tables call it."""
         return self.called or str(self.factory)
+
+    def built(self) -> nn.Module:
+        """See `Network.built`."""
+        look_here()
+        return super().built()
 
     def network(self, cache: Path) -> tuple[nn.Module, Any]:
         """See `VictimSource.network`; without ``example`` it is the first of the data."""
