@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,8 @@ class _Source:
     labelled: bool
     workers: int
     device: torch.device
+    digests: dict[int, bytes] = field(default_factory=dict)
+    """Those that are known, by the index in the data set; all parts of one source share them."""
 
 
 # Kept apart: whoever holds some examples of a data set has no way to the others.
@@ -187,15 +189,24 @@ class Examples:
     def digests(self) -> list[bytes]:
         """SHA-256 of every example's inputs, by what a data set says of it (``digest(i)``), or by reading it.
 
+        Each example of a data set is asked for, or read, once.
+
         Raises:
             VictimError: An example cannot be read.
         """
         source = _sources.get(self)
-        told = None if source is None else getattr(source.dataset, "digest", None)
-        if source is not None and callable(told):
-            return [told(i) for i in source.indices.tolist()]
-        step = 256 if source is None else 32
-        return [_digest(one) for part in self.batches(step) for one in trees.examples_of(part.inputs)]
+        if source is None:
+            return [_digest(one) for one in trees.examples_of(self.inputs)]
+        places = source.indices.tolist()
+        missing = [at for at, place in enumerate(places) if place not in source.digests]
+        told = getattr(source.dataset, "digest", None)
+        if callable(told):
+            new = [told(places[at]) for at in missing]
+        else:
+            parts = self[missing].batches(32)
+            new = [_digest(one) for part in parts for one in trees.examples_of(part.inputs)]
+        source.digests.update(zip((places[at] for at in missing), new, strict=True))
+        return [source.digests[place] for place in places]
 
 
 def _again(source: _Source) -> Examples:
@@ -248,7 +259,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
     first = _sources[next(part for part in held if not part.stored)]
     every = torch.arange(sum(map(len, held)))
     return Examples._of(
-        replace(first, dataset=_Joined(held), indices=every, collate=_unpaired, labelled=False)
+        replace(first, dataset=_Joined(held), indices=every, collate=_unpaired, labelled=False, digests={})
     )
 
 

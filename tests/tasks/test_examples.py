@@ -109,6 +109,15 @@ def test_digests_tell_inputs_apart_or_are_the_data_set_s_own() -> None:
     assert Examples.read(Squares(2)).digests() == Examples(torch.tensor([[0.0], [1.0]])).digests()
 
 
+def test_an_example_is_read_once_for_all_the_digests_that_its_parts_are_asked_for() -> None:
+    data = Squares()
+    every = Examples.read(data)
+    whole, part, again = every.digests(), every[[7, 2]].digests(), every.without_targets()[3:].digests()
+    assert (part, again) == ([whole[7], whole[2]], whole[3:]) and sorted(data.read) == list(range(10))
+    other = Examples(torch.tensor([[8.0]]), torch.zeros(1))
+    assert joined([other, every[:1]]).digests() == [whole[8], whole[0]], "others' places are others' examples"
+
+
 class Broken(Squares):
     def __getitem__(self, index: int) -> Any:
         match index:
