@@ -19,7 +19,7 @@ from deepenc.report.tables import report as tables
 from deepenc.report.verdict import verdicts
 from deepenc.tasks.task import Task
 from deepenc.victims.data.cache import cache_folder
-from deepenc.victims.data.own import as_examples, share_out
+from deepenc.victims.data.own import as_examples, in_parts
 from deepenc.victims.data.splits import fingerprint
 from deepenc.victims.sources.given import give
 from deepenc.victims.validation import validated
@@ -117,12 +117,8 @@ def evaluate(
     """
     chosen = Task.build(task)
     held = as_examples(data, chosen)
-    if training is None:
-        defender, attacker, judged = share_out(held, list(shares))
-    else:
-        defender = as_examples(training, chosen)
-        rest = shares[1] + shares[2]
-        attacker, judged = share_out(held, [share / rest for share in shares[1:]], defender)
+    own = None if training is None else as_examples(training, chosen)
+    defender, attacker, judged = in_parts(held, own, shares)
     mark = fingerprint(model, defender, attacker, judged)
     victim = Victim(
         name, model.eval(), chosen, defender, attacker, judged, mark, scope=scope, streams=streams

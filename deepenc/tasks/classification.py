@@ -86,8 +86,7 @@ class Classification(Task):
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""
-        path = last_layer(network, self.classes)
-        return () if path is None else (path,)
+        return last_layer(network, self.classes)
 
     def logits(self, outputs: Any) -> Tensor:
         """The outputs themselves, or what a network of transformers calls its logits."""
@@ -174,32 +173,29 @@ class MultiLabel(Task):
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with an output for each class."""
-        path = last_layer(network, self.classes)
-        return () if path is None else (path,)
+        return last_layer(network, self.classes)
 
     def answers(self, outputs: Any, *, temperature: float = 1.0) -> Any:
         """Probabilities of the classes."""
         return (outputs.float() / temperature).sigmoid()
 
 
-def last_layer(network: nn.Module, outputs: int | None, *, auxiliary: bool = True) -> str | None:
-    """Path of the last linear or convolutional layer with so many outputs.
+def last_layer(network: nn.Module, outputs: int | None, *, auxiliary: bool = True) -> tuple[str, ...]:
+    """Path of the last linear or convolutional layer with so many outputs, alone; empty where there is none.
 
     Args:
         network: The network.
         outputs: How many.
         auxiliary: Whether a layer counts that lies in a part whose name begins with "aux".
     """
-    return next(
-        (
-            path
-            for path, module in reversed(list(network.named_modules()))
-            if isinstance(module, nn.Linear | _ConvNd)
-            and outputs in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
-            and (auxiliary or not path.startswith("aux"))
-        ),
-        None,
-    )
+    found = [
+        path
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | _ConvNd)
+        and outputs in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
+        and (auxiliary or not path.startswith("aux"))
+    ]
+    return tuple(found[-1:])
 
 
 def _no_logits(outputs: Any, shape: tuple[int, int | None]) -> str | None:

@@ -42,7 +42,7 @@ class Detection(Task):
 
     name: ClassVar[str] = "detection"
     measure: ClassVar[str] = "AP"
-    at_once: ClassVar[int] = 16
+    at_once: ClassVar[int] = AT_ONCE
     offers: ClassVar[frozenset[Offer]] = frozenset({"answers"})
 
     classes: int | None = Field(None, ge=2)
@@ -168,10 +168,14 @@ class Detection(Task):
             return f"expected labels from 1 (0 is the background){upper}, got {int(labels.min())} to {most}"
         return None
 
-    def _answer(self, one: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _kept(self, one: Mapping[str, Tensor]) -> Tensor:
+        """Which detections are sure, and have a box at all."""
         boxes = one["boxes"]
-        kept = (one["scores"] >= self.sure) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        return {"boxes": boxes[kept].detach(), "labels": one["labels"][kept]}
+        return (one["scores"] >= self.sure) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+    def _answer(self, one: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = self._kept(one)
+        return {"boxes": one["boxes"][kept].detach(), "labels": one["labels"][kept]}
 
 
 class InstanceSegmentation(Detection):
@@ -213,9 +217,7 @@ class InstanceSegmentation(Detection):
         return None if bool(((masks == 0) | (masks == 1)).all()) else "expected masks of 0 and 1"
 
     def _answer(self, one: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        boxes = one["boxes"]
-        kept = (one["scores"] >= self.sure) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        return super()._answer(one) | {"masks": _binary(one["masks"][kept])}
+        return super()._answer(one) | {"masks": _binary(one["masks"][self._kept(one)])}
 
 
 def alike_in_shape(network: nn.Module, images: Sequence[Tensor]) -> list[list[int]]:

@@ -139,8 +139,7 @@ class NextToken(Task):
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with a logit for each token; where it is tied, the embedding is trained with it."""
-        path = last_layer(network, self.vocabulary)
-        return () if path is None else (path,)
+        return last_layer(network, self.vocabulary)
 
     def logits(self, outputs: Any) -> Tensor:
         """Scores of all tokens, a row for each place of each text."""

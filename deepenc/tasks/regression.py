@@ -96,8 +96,7 @@ class Regression(Task):
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with as many outputs."""
-        path = last_layer(network, self.outputs)
-        return () if path is None else (path,)
+        return last_layer(network, self.outputs)
 
     def answers(self, outputs: Any, *, temperature: float = 1.0) -> Any:
         """The outputs themselves."""

@@ -110,8 +110,7 @@ class SemanticSegmentation(Task):
 
     def head(self, network: nn.Module) -> tuple[str, ...]:
         """The last layer with a logit for each class, but for those of auxiliary outputs."""
-        path = last_layer(network, self.classes, auxiliary=False)
-        return () if path is None else (path,)
+        return last_layer(network, self.classes, auxiliary=False)
 
     def logits(self, outputs: Any) -> Tensor:
         """Scores of the classes, a row for each pixel of each image."""

@@ -15,6 +15,7 @@ from deepenc import trees
 from deepenc.errors import ConfigError
 from deepenc.network.calling import call
 from deepenc.plugins import Plugin
+from deepenc.tasks.examples import pairs
 
 Offer = Literal["logits", "labels", "answers"]
 """What a task can give to an attack or a defense: scores of classes (`Task.logits`), one class for each
@@ -68,8 +69,7 @@ class Task(Plugin):
         Raises:
             VictimError: The items differ in form.
         """
-        inputs, targets = zip(*items, strict=True)
-        return trees.stack(inputs), trees.stack(targets)
+        return pairs(items)
 
     @abstractmethod
     def loss(

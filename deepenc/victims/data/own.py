@@ -148,6 +148,23 @@ def _texts(path: Path, tokenise: Tokenise | None) -> tuple[dict[str, Tensor], Te
     return tokenise([row["text"] or "" for row in rows]), labels
 
 
+def in_parts(held: Examples, training: Examples | None, shares: Sequence[float]) -> list[Examples]:
+    """The defender's, the attacker's and the judge's part.
+
+    Args:
+        held: Examples that the network was not trained on.
+        training: What it was trained on: the defender's part; None where it is of the rest as well.
+        shares: Of the three; without the first where ``training`` is given.
+
+    Raises:
+        VictimError: A part would be empty.
+    """
+    if training is None:
+        return share_out(held, shares)
+    rest = sum(shares[1:])
+    return [training, *share_out(held, [share / rest for share in shares[1:]], training)]
+
+
 def share_out(examples: Examples, shares: Sequence[float], avoid: Examples | None = None) -> list[Examples]:
     """Parts of some examples by their content, equal ones always in one part.
 

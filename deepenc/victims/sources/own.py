@@ -16,7 +16,7 @@ from deepenc.tasks.examples import Examples
 from deepenc.tasks.task import Task
 from deepenc.victims.data.datasets import DEVIATION, MEAN
 from deepenc.victims.data.images import preparing
-from deepenc.victims.data.own import look_here, read_examples, share_out
+from deepenc.victims.data.own import in_parts, look_here, read_examples
 from deepenc.victims.data.splits import fingerprint
 from deepenc.victims.sources.network import Network
 from deepenc.victims.victim import Victim
@@ -93,12 +93,8 @@ class Own(Network):
             raise VictimError(f"victim {self.label!r} needs data; give `data`, such as my_project.data:build")
         model = self.built()
         held = self._read(self.data)
-        if self.training:
-            defender = self._read(self.training)
-            rest = self.shares[1] + self.shares[2]
-            attacker, judge = share_out(held, [share / rest for share in self.shares[1:]], defender)
-        else:
-            defender, attacker, judge = share_out(held, self.shares)
+        training = self._read(self.training) if self.training else None
+        defender, attacker, judge = in_parts(held, training, self.shares)
         return Victim(
             self.label,
             model,
